@@ -1,0 +1,28 @@
+"""Parameter-efficient fine-tuning, readable: one file per method, the same verbs for all of them."""
+
+import importlib
+import logging
+
+# On a CPU, importing peft beside bitsandbytes prints a warning about a kernel that only inference on a CPU would use.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# At once, not lazily: the function must win over the submodule of the same name.
+from utils.attach import Adapter, adapters, attach  # noqa: E402
+
+HOME = {
+    "LoRA": "utils.methods.lora",
+    "load_adapter": "utils.checkpoint",
+    "load_base": "utils.models",
+    "load_tokenizer": "utils.models",
+    "load_task": "utils.tasks",
+    "train": "utils.training",
+    "check": "utils.checks",
+}
+__all__ = ["Adapter", "adapters", "attach", *HOME]
+
+
+def __getattr__(name):
+    """Import a name when it is first used (PEP 562): a chapter that needs no transformers does not wait for it."""
+    if name not in HOME:
+        raise AttributeError(f"module 'utils' has no attribute {name!r}")
+    return getattr(importlib.import_module(HOME[name]), name)

@@ -1,0 +1,318 @@
+"""Attaching a method to a model: which modules, what is frozen, and the handle that does the rest.
+
+    adapter = attach(model, LoRA(r=8, targets=("q_proj", "v_proj")))
+    print(adapter)                       what matched, what is trained
+    adapter.parameters()                 what an optimizer should get
+    with adapter.disabled(): ...         the base model, exactly
+    adapter.merge(); adapter.unmerge()   there and back, to the bit
+    adapter.save(path); adapter.detach()
+
+Nothing here changes a model before everything has been checked: after an error it is what it was.
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from utils.hardware import tensor_bytes
+from utils.methods.wrapper import TrainedCopy
+from utils.targeting import base_parameters, core_of, pattern_value, select, shared_parameters, whole_modules
+
+REGISTRY = "_attached_adapters"  # name -> Adapter, kept on the model itself
+
+# ---------------------------------------------------------------------------------- freezing and counting
+
+
+def freeze(model, keep=()):
+    """Freeze every parameter of a model except those under the names in `keep`.
+
+    keep: names of parameters, or of modules, whose parameters go on being trained
+    returns the names of the parameters that are still trained, in the model's order
+    """
+    trained = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(name == k or name.startswith(k + ".") for k in keep)
+        if parameter.requires_grad:
+            trained.append(name)
+    return trained
+
+
+def count_parameters(model):
+    """How many numbers a model trains and holds. A tensor used in two places (tied embeddings) counts once.
+
+    returns (trainable, total), two ints
+    """
+    parameters = list(model.parameters())  # each tensor once, however many modules hold it
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return trainable, sum(p.numel() for p in parameters)
+
+
+# ------------------------------------------------------------------------------------------------ attaching
+
+
+def adapters(model):
+    """The adapters attached to a model, by name."""
+    return dict(getattr(model, REGISTRY, {}))
+
+
+def attach(model, config, name="default"):
+    """Attach a method to a model, freeze the rest, and return the handle.
+
+    model: any nn.Module   config: LoRA(...)   name: how several adapters on one model are told apart
+    The new adapter is the active one; those attached before stay, switched off (`Adapter.activate` switches).
+    raises ValueError for anything that does not fit, with the model unchanged
+    """
+    others = adapters(model)
+    if name in others:
+        raise ValueError(f"the model has an adapter called {name!r} already: detach it, or give this one another name")
+    merged = [n for n, a in others.items() if a.merged]
+    if merged:
+        raise ValueError(f"adapter {merged[0]!r} is merged into the weights: unmerge it before attaching another")
+    paths, whole = select(model, config), whole_modules(model, config)
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        unused = [k for k in pattern if not any(pattern_value({k: True}, p, False) for p in paths)]
+        if unused:
+            raise ValueError(f"no adapted module fits the pattern {', '.join(map(repr, unused))}")
+    wrappers = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        r = pattern_value(config.rank_pattern, path, config.r)
+        alpha = pattern_value(config.alpha_pattern, path, config.alpha)
+        try:
+            wrappers[path] = config.wrap(module, r, alpha, config.dtype or adapter_dtype(core_of(module)))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    wrappers |= {path: TrainedCopy(model.get_submodule(path)) for path in whole}
+    return Adapter(model, config, name, wrappers)
+
+
+def adapter_dtype(module):
+    """The base's dtype, but float32 over half-precision and quantized weights: their steps are too coarse to learn in."""
+    dtype = module.weight.dtype
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+class Adapter:
+    """A method attached to a model. Made by `attach` or `load_adapter`."""
+
+    def __init__(self, model, config, name, wrappers):
+        self.model, self.config, self.name, self.wrappers = model, config, name, wrappers
+        self.merged = False
+        self._was_trained = {n: p.requires_grad for n, p in model.named_parameters()} if not adapters(model) else None
+        self._kept_weights = {}  # the other of (base weight, merged weight), by path
+        self.biases = self._choose_biases()  # parameters of the model itself that this adapter trains
+        for other in adapters(model).values():
+            other._set_active(False)  # before the base's biases are copied
+        self._kept_biases = {n: p.detach().clone() for n, p in self.biases.items()}  # the values not in the model now
+        if not adapters(model):
+            freeze(model)
+        for path, wrapper in wrappers.items():
+            model.set_submodule(path, wrapper)
+        model.__dict__.setdefault(REGISTRY, {})[name] = self
+        self._biases_in = True  # at first the model's values are a copy of the kept ones: equal, so nothing to swap
+        self.activate()
+
+    def _choose_biases(self):
+        kind = getattr(self.config, "bias", "none")
+        if kind == "none":
+            return {}
+        names = {n: p for n, p in base_parameters(self.model) if n.rsplit(".", 1)[-1] == "bias"}
+        if kind == "lora_only":
+            names = {n: p for n, p in names.items() if n.rsplit(".", 1)[0] in self.wrappers}
+        whole = tuple(p + "." for p, w in self.wrappers.items() if isinstance(w, TrainedCopy))
+        names = {n: p for n, p in names.items() if not n.startswith(whole)}
+        if not names:
+            raise ValueError(f"bias={kind!r}, but there is no bias to train here: Llama-like layers have none")
+        return names
+
+    # ---- what it is
+
+    @property
+    def active(self):
+        return all(w.active for w in self.wrappers.values())
+
+    def named_parameters(self):
+        """(name as in the file, parameter) of everything that is trained."""
+        for path, wrapper in self.wrappers.items():
+            for key, tensor in wrapper.tensors().items():
+                yield f"{path}.{key}", tensor
+        yield from self.biases.items()
+
+    def parameters(self):
+        """What an optimizer should get, and nothing else."""
+        return [p for _, p in self.named_parameters()]
+
+    def __repr__(self):
+        return f"Adapter({self.name!r}, {type(self.config).__name__}, {len(self.wrappers)} modules)"
+
+    def __str__(self):
+        trained = sum(p.numel() for p in self.parameters())
+        total = sum(p.numel() for p in self.model.parameters())
+        size = sum(tensor_bytes(p.shape, p.dtype) for p in self.parameters())
+        state = "merged" if self.merged else "active" if self.active else "switched off"
+        lines = [f"{type(self.config).__name__} adapter {self.name!r} on {type(self.model).__name__}, {state}"]
+        groups = {}
+        for path, wrapper in self.wrappers.items():
+            groups.setdefault((path.rsplit(".", 1)[-1], wrapper_facts(wrapper)), []).append(wrapper)
+        width = max(len(last) for last, _ in groups)
+        for (last, facts), found in groups.items():
+            numbers = sum(t.numel() for w in found for t in w.tensors().values())
+            lines.append(f"  {last:<{width}}  {len(found):>3} x {facts}  {numbers:>12,} numbers")
+        if self.biases:
+            lines.append(f"  biases {len(self.biases)}  {sum(p.numel() for p in self.biases.values()):,} numbers")
+        lines.append(f"trains {trained:,} of {total:,} numbers ({100 * trained / total:.2f} %), {size:,} bytes")
+        return "\n".join(lines)
+
+    # ---- on and off
+
+    def activate(self):
+        """Make this the one adapter that is on; the others stay attached, switched off."""
+        self._alive()
+        merged = [n for n, a in adapters(self.model).items() if a.merged and a is not self]
+        if merged:
+            raise ValueError(f"adapter {merged[0]!r} is merged into the weights: unmerge it before switching")
+        for other in sorted(adapters(self.model).values(), key=lambda a: a is self):  # itself last: biases go back first
+            other._set_active(other is self)
+
+    def _set_active(self, on):
+        for wrapper in self.wrappers.values():
+            wrapper.active = on
+        if on != self._biases_in:
+            for name, parameter in self.biases.items():
+                parameter.data, self._kept_biases[name] = self._kept_biases[name], parameter.data
+            self._biases_in = on
+        for parameter in self.biases.values():
+            parameter.requires_grad = on
+
+    @contextlib.contextmanager
+    def disabled(self):
+        """The base model, exactly, for the length of a `with`."""
+        self._alive()
+        was_active, was_merged = self.active, self.merged
+        if was_merged:
+            self._swap_weights()
+        self._set_active(False)
+        try:
+            yield self.model
+        finally:
+            self._set_active(was_active)
+            if was_merged:
+                self._swap_weights()
+
+    # ---- merging
+
+    def merge(self):
+        """Write the update into the weights: the same output, and no extra work per token.
+
+        The base weights are kept, so that `unmerge` is exact: while merged, each adapted weight is held twice.
+        raises ValueError, with nothing changed, if no merge exists or the result is not finite
+        """
+        self._alive()
+        if self.merged:
+            raise ValueError(f"adapter {self.name!r} is merged already")
+        if not self.active:
+            raise ValueError(f"adapter {self.name!r} is switched off: activate it before merging")
+        merged = {}
+        shared = shared_parameters(self.model)
+        for path, wrapper in self.wrappers.items():
+            if isinstance(wrapper, TrainedCopy):
+                continue
+            if not wrapper.mergeable:
+                raise ValueError(f"{path}: a {type(wrapper).__name__} is no change of a weight, so it cannot be merged")
+            twins = [n for n in shared.get(id(wrapper.core.weight), []) if n != f"{path}.weight"]
+            if twins:
+                raise ValueError(
+                    f"{path}.weight is the same tensor as {twins[0]}: merging would change both. Leave it unmerged, or "
+                    f"give {path} a weight of its own first (module.weight = nn.Parameter(module.weight.clone()))"
+                )
+            with torch.no_grad():
+                try:
+                    merged[path] = wrapper.merged_weight()
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from None
+            if not torch.isfinite(merged[path]).all():
+                raise ValueError(f"{path}: the merged weight would not be finite; nothing was merged")
+        self._kept_weights = merged
+        self._swap_weights()
+
+    def unmerge(self):
+        """Put the base weights back, to the bit, and compute the update beside them again."""
+        self._alive()
+        if not self.merged:
+            raise ValueError(f"adapter {self.name!r} is not merged")
+        self._swap_weights()
+        self._kept_weights = {}
+
+    def _swap_weights(self):
+        for path, kept in self._kept_weights.items():
+            wrapper = self.wrappers[path]
+            weight = wrapper.core.weight
+            self._kept_weights[path], weight.data = weight.data, kept
+            wrapper.merged = not self.merged
+        self.merged = not self.merged
+
+    # ---- leaving
+
+    def save(self, path):
+        """Write the adapter as PEFT does: adapter_config.json and adapter_model.safetensors. See utils.checkpoint."""
+        from utils.checkpoint import save_adapter
+
+        self._alive()
+        return save_adapter(self, path)
+
+    def export(self, path):
+        """Write the merged model, a plain checkpoint without any trace of the adapter, for tools that know none."""
+        self._alive()
+        if not hasattr(self.model, "save_pretrained"):
+            raise ValueError(f"{type(self.model).__name__} is not a transformers model: save its state_dict yourself")
+        was_merged, shown = self.merged, {}
+        if not was_merged:
+            self.merge()
+        try:
+            for spot, wrapper in self.wrappers.items():
+                shown[spot] = self.model.get_submodule(spot)
+                self.model.set_submodule(spot, wrapper.copy if isinstance(wrapper, TrainedCopy) else wrapper.core)
+            self.model.save_pretrained(path)
+        finally:
+            for spot, module in shown.items():
+                self.model.set_submodule(spot, module)
+            if not was_merged:
+                self.unmerge()
+        return Path(path)
+
+    def detach(self):
+        """Take the adapter out: the model as it was before `attach`, weights, modules and requires_grad alike."""
+        self._alive()
+        if self.merged:
+            self.unmerge()
+        self._set_active(False)
+        for path, wrapper in self.wrappers.items():
+            above = self.model.get_submodule(path)
+            if above is wrapper:
+                self.model.set_submodule(path, wrapper.base)
+                continue
+            while above.base is not wrapper:
+                above = above.base
+            above.base = wrapper.base
+        registry = getattr(self.model, REGISTRY)
+        del registry[self.name]
+        if registry:
+            heir = next(iter(registry.values()))
+            heir._was_trained = heir._was_trained or self._was_trained
+        else:
+            delattr(self.model, REGISTRY)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad = self._was_trained[name]
+
+    def _alive(self):
+        if adapters(self.model).get(self.name) is not self:
+            raise ValueError(f"adapter {self.name!r} was detached: attach or load it again")
+
+
+def wrapper_facts(wrapper):
+    """One line of the report: shape, rank and scale, or that the module is trained whole."""
+    if isinstance(wrapper, TrainedCopy):
+        return f"{type(wrapper.copy).__name__}, trained whole"
+    d_out, d_in = wrapper.B.shape[0], wrapper.A.shape[1]
+    return f"({d_out}, {d_in})  r={wrapper.r}  alpha={wrapper.alpha:g}  scale {wrapper.scale:.4g}"

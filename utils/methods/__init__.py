@@ -1,0 +1,1 @@
+"""One file per method: its equations as pure functions, its module, its configuration."""

@@ -1,0 +1,345 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+    y = W x + b + s B A dropout(x)        s = alpha / r   (rsLoRA, Kalajdzievski 2023: s = alpha / sqrt(r))
+
+    W (d_out, d_in) and b (d_out,)   the layer, frozen
+    A (r, d_in)                      starts uniform in +-1/sqrt(d_in)
+    B (d_out, r)                     starts at zero, so that the first forward pass is the base model's
+    r (d_in + d_out)                 numbers trained per layer
+
+Worked example: Llama-2-7B's q_proj has W (4096, 4096), 16,777,216 numbers. With r = 8, A is (8, 4096) and B is
+(4096, 8): 65,536 numbers, 0.39 % of W.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.methods.wrapper import Wrapper
+
+# ---------------------------------------------------------------------------------------------- the equations
+
+
+def lora_scale(alpha, r, scaling="standard"):
+    """The factor s in front of B A.
+
+    alpha: float   r: rank, int   scaling: "standard" (Hu et al. 2021) or "rslora" (Kalajdzievski 2023)
+    returns alpha / r, or alpha / sqrt(r) under rsLoRA
+    raises ValueError for any other name
+    """
+    if scaling == "standard":
+        return alpha / r
+    if scaling == "rslora":
+        return alpha / math.sqrt(r)
+    raise ValueError(f"scaling is {scaling!r}; it can be 'standard' (alpha / r) or 'rslora' (alpha / sqrt(r))")
+
+
+def lora_init(d_in, d_out, r, generator=None):
+    """The starting values of A and B.
+
+    A is uniform in +-1/sqrt(d_in), as in the authors' code (their paper says Gaussian). B is zero.
+    generator: a torch.Generator to draw from, or None for the global one
+    returns A (r, d_in) and B (d_out, r), in float32
+    """
+    A = torch.empty(r, d_in).uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=generator)
+    B = torch.zeros(d_out, r)
+    return A, B
+
+
+def lora_delta(A, B, alpha):
+    """The update of the weight: (alpha / r) B A.
+
+    A: (r, d_in)   B: (d_out, r)   alpha: float
+    returns (d_out, d_in), the shape of nn.Linear.weight
+    """
+    r = A.shape[0]
+    return (alpha / r) * (B @ A)
+
+
+def lora_forward(x, W, A, B, alpha):
+    """Output of a LoRA linear layer (Hu et al. 2021, eq. 3): x W^T plus the update, B A never formed.
+
+    x: (..., d_in)   W: (d_out, d_in), frozen   A: (r, d_in)   B: (d_out, r)   alpha: float
+    returns (..., d_out), in x's dtype
+    """
+    r = A.shape[0]
+    narrow = x @ A.T  # (..., r)
+    return x @ W.T + (alpha / r) * (narrow @ B.T)
+
+
+def lora_num_params(shapes, r):
+    """How many numbers LoRA trains.
+
+    shapes: the (d_out, d_in) of each adapted weight   r: rank
+    returns the sum of r (d_in + d_out), an int
+    """
+    return sum(r * (d_in + d_out) for d_out, d_in in shapes)
+
+
+def lora_merge(W, A, B, alpha):
+    """The weight with the update in it: W + (alpha / r) B A.
+
+    W: (d_out, d_in), any float dtype   A: (r, d_in)   B: (d_out, r)
+    returns a new (d_out, d_in) tensor in W's dtype; product and sum are taken in float32 and rounded once
+    """
+    r = A.shape[0]
+    update = (alpha / r) * (B.float() @ A.float())
+    return (W.float() + update).to(W.dtype)
+
+
+def fuse_loras(As, Bs):
+    """Several LoRAs of the parts of one fused weight (GPT-2's q, k and v), written as a single LoRA.
+
+    As: k tensors (r_i, d_in)   Bs: k tensors (d_out_i, r_i); part i owns rows d_out_i of the fused weight
+    returns A (sum r_i, d_in), the A's stacked, and B (sum d_out_i, sum r_i), block-diagonal
+    The product is unscaled: give the fused LoRA an alpha k times as large, because its rank is k times as large.
+    """
+    return torch.cat(list(As)), torch.block_diag(*Bs)
+
+
+def lora_backward(grad, x, W, A, B, scale, mask=None):
+    """The gradients of y = x W^T + scale (mask * x) A^T B^T, from x alone.
+
+    grad: (n, d_out), dloss/dy   x: (n, d_in)   W: (d_out, d_in), or None when x needs no gradient
+    A: (r, d_in)   B: (d_out, r)   mask: (n, d_in) of the dropout, or None
+    returns dx (n, d_in) or None, dA (r, d_in), dB (d_out, r)
+    """
+    grad_B = grad @ B  # (n, r)
+    kept = x if mask is None else x * mask  # (n, d_in)
+    dA = scale * (grad_B.T @ kept)
+    dB = scale * (grad.T @ (kept @ A.T))  # x A^T is formed again: r columns are cheaper to compute than to keep
+    if W is None:
+        return None, dA, dB
+    if mask is None:
+        return (grad @ W).addmm_(grad_B, A, alpha=scale), dA, dB
+    return (grad @ W).add_((grad_B @ A).mul_(mask), alpha=scale), dA, dB
+
+
+class LoRAFunction(torch.autograd.Function):
+    """A LoRA linear layer that keeps x for its backward pass, and nothing else of x's size.
+
+    apply(x, W, bias, A, B, scale, mask) -> (..., d_out)
+    x: (..., d_in)   bias: (d_out,) or None   mask: x's shape, bool, or None; the 1 / (1 - p) of dropout is in scale
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, bias, A, B, scale, mask):
+        ctx.save_for_backward(x, W, A, B, mask)
+        ctx.scale = scale
+        W, A, B = W.to(x.dtype), A.to(x.dtype), B.to(x.dtype)
+        y = F.linear(x, W, bias)  # (..., d_out)
+        narrow = F.linear(x if mask is None else x * mask, A)  # (..., r)
+        y.view(-1, y.shape[-1]).addmm_(narrow.view(-1, narrow.shape[-1]), B.T, alpha=scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W, A, B, mask = ctx.saved_tensors
+        W = W.to(x.dtype) if ctx.needs_input_grad[0] else None
+        rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (grad, x, mask)]
+        dx, dA, dB = lora_backward(rows[0], rows[1], W, A.to(x.dtype), B.to(x.dtype), ctx.scale, rows[2])
+        dbias = rows[0].sum(0) if ctx.needs_input_grad[2] else None
+        return None if dx is None else dx.view_as(x), None, dbias, dA, dB, None, None
+
+
+# ------------------------------------------------------------------------------------------------- the modules
+
+
+def is_conv1d(module):
+    """GPT-2's Conv1D: a linear layer that stores its weight as (d_in, d_out). Told by name, to import nothing."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def linear_shape(module):
+    """(d_out, d_in) of a linear layer, whichever way round its weight is stored."""
+    if is_conv1d(module):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.out_features, module.in_features
+
+
+class LoRALinear(Wrapper):
+    """A linear layer with a LoRA beside it. base: nn.Linear, Conv1D, or anything with in_features and out_features."""
+
+    mergeable = True
+    fast = True  # False: the plain formula `lora_forward` under autograd, to compare with and to differentiate twice
+
+    def __init__(self, base, r, alpha, scaling="standard", dropout=0.0, init="uniform", dtype=None):
+        super().__init__(base)
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+        self.scale = lora_scale(alpha, r, scaling)
+        d_out, d_in = linear_shape(self.core)
+        device = self.core.weight.device
+        self.A = nn.Parameter(torch.empty(r, d_in, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.empty(d_out, r, dtype=dtype, device=device))
+        if device.type != "meta":
+            self.reset(init)
+
+    @torch.no_grad()
+    def reset(self, init):
+        (d_out, r), d_in = self.B.shape, self.A.shape[1]
+        A, B = lora_init(d_in, d_out, r)
+        if init == "gaussian":
+            A.normal_(std=1 / r)
+        if init == "random_b":  # not the identity at the start: for tests
+            B.normal_(std=1 / r)
+        self.A.copy_(A)
+        self.B.copy_(B)
+
+    def adapted_forward(self, x):
+        layer, scale, mask = self.inner, self.scale, None
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        if self.dropout > 0 and self.training:
+            # One byte per element is kept; nn.Dropout would keep a mask and the dropped copy of x.
+            mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
+            scale = scale / (1 - self.dropout)
+        weight = plain_weight(layer)
+        if weight is None:  # a quantized layer, a second adapter, a layer with hooks: only its output is ours to use
+            kept = x if mask is None else x * mask
+            return layer(x) + scale * F.linear(F.linear(kept, self.A.to(x.dtype)), self.B.to(x.dtype))
+        if not self.fast and mask is None:
+            y = lora_forward(x, weight, self.A.to(x.dtype), self.B.to(x.dtype), scale * self.r)
+            return y if layer.bias is None else y + layer.bias
+        with torch.autocast(device, enabled=False):
+            return LoRAFunction.apply(x, weight, layer.bias, self.A, self.B, scale, mask)
+
+    def merged_weight(self):
+        """The core's weight with the update in it, stored as the core stores it."""
+        weight = plain_weight(self.core)
+        if weight is None:
+            raise ValueError(f"a {type(self.core).__name__} cannot take an update into its weight: dequantize it first")
+        merged = lora_merge(weight, self.A, self.B, self.scale * self.r)
+        return merged.T.contiguous() if is_conv1d(self.core) else merged
+
+    def tensors(self):
+        return {"lora_A.weight": self.A, "lora_B.weight": self.B}
+
+
+class LoRAEmbedding(Wrapper):
+    """An embedding with a LoRA beside it: y = W[ids] + s B A[:, ids]. Here A (r, vocabulary) starts at zero, not B."""
+
+    mergeable = True
+
+    def __init__(self, base, r, alpha, scaling="standard", dropout=0.0, init="uniform", dtype=None):
+        super().__init__(base)
+        if type(self.core) is not nn.Embedding:
+            raise ValueError(f"LoRA knows nn.Embedding; {type(self.core).__name__} does more than look rows up")
+        self.r, self.alpha = r, alpha  # no dropout: the input is a list of token numbers
+        self.scale = lora_scale(alpha, r, scaling)
+        vocabulary, d = self.core.weight.shape
+        like = {"dtype": dtype, "device": self.core.weight.device}
+        self.A = nn.Parameter(torch.zeros(r, vocabulary, **like))
+        self.B = nn.Parameter(torch.empty(d, r, **like).normal_())
+        if init == "random_b":
+            nn.init.normal_(self.A, std=1 / r)
+
+    def adapted_forward(self, ids):
+        rows = F.embedding(ids, self.A.T)  # (..., r)
+        y = self.inner(ids)
+        return y + (self.scale * F.linear(rows, self.B)).to(y.dtype)
+
+    def merged_weight(self):
+        return lora_merge(self.core.weight.T, self.A, self.B, self.scale * self.r).T.contiguous()
+
+    def tensors(self):
+        return {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
+
+
+def plain_weight(layer):
+    """The (d_out, d_in) weight of a layer that is a matrix product and nothing more, else None.
+
+    A layer with hooks, or a forward put on the instance (device maps do that), must be called, not read.
+    """
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+        return None
+    if type(layer) is nn.Linear:
+        return layer.weight
+    return layer.weight.T if is_conv1d(layer) else None
+
+
+# ---------------------------------------------------------------------------------------------- the configuration
+
+
+DEFAULT_TARGETS = {
+    ("q_proj", "v_proj"): "llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text opt gptj gpt_neo bart".split(),
+    ("query", "value"): "bert roberta xlm-roberta electra".split(),
+    ("q", "v"): "t5 mt5".split(),
+    ("c_attn",): "gpt2 gpt_bigcode".split(),
+    ("query_key_value",): "gpt_neox bloom falcon".split(),
+}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """What to attach. Trains r (d_in + d_out) numbers per matched layer (Hu et al. 2021, arXiv:2106.09685).
+
+    r, alpha         rank, and the scale's numerator
+    targets          names ("q_proj", "v_proj"), one regular expression over whole paths (a str), "all-linear",
+                     or None for the usual ones of the model's family
+    scaling          "standard" (alpha / r) or "rslora" (alpha / sqrt(r))
+    dropout          probability, on the LoRA branch's input only, in training mode only
+    layers           layer numbers to keep, or None for all     exclude: names or a regular expression to leave out
+    rank_pattern     {name or regex: r} for single modules      alpha_pattern: the same for alpha
+    bias             "none", "lora_only" (biases of the adapted layers) or "all": biases trained beside it
+    modules_to_save  modules trained whole and saved; None: the classification head, if the model has one
+    init             "uniform" (A in +-1/sqrt(d_in)), "gaussian" (std 1/r), "random_b" (B not zero, for tests)
+    dtype            of A and B; None: float32 over a half-precision base, else the base's
+    """
+
+    r: int = 8
+    alpha: float = 16
+    targets: tuple[str, ...] | str | None = None
+    scaling: str = "standard"
+    dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
+    exclude: tuple[str, ...] | str = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] | None = None
+    init: str = "uniform"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self):
+        for name in ("targets", "layers", "exclude", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (list, set)):
+                object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set) else value))
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name) or {})))
+        for r in (self.r, *self.rank_pattern.values()):
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"the rank is {r!r}; it must be a whole number from 1 up")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
+                raise ValueError(f"alpha is {alpha!r}; it must be a positive number")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}; it is a probability from 0 up to, not including, 1")
+        lora_scale(self.alpha, self.r, self.scaling)  # raises for an unknown rule
+        for name, known in (("bias", ("none", "lora_only", "all")), ("init", ("uniform", "gaussian", "random_b"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it can be {', '.join(map(repr, known))}")
+        if self.targets == ():
+            raise ValueError("targets is empty: name at least one module, or say 'all-linear'")
+
+    @staticmethod
+    def default_targets(family):
+        """The usual targets of a model family (config.model_type), as PEFT has them, or None."""
+        return next((targets for targets, families in DEFAULT_TARGETS.items() if family in families), None)
+
+    def wrap(self, module, r, alpha, dtype):
+        """The wrapper for one matched module, or ValueError when LoRA has no form for it."""
+        core = module.core if isinstance(module, Wrapper) else module
+        if isinstance(core, nn.Embedding):
+            kind = LoRAEmbedding
+        elif isinstance(core, nn.Linear) or is_conv1d(core):
+            kind = LoRALinear
+        else:
+            raise ValueError(f"LoRA adapts nn.Linear, Conv1D and nn.Embedding, not {type(core).__name__}")
+        return kind(module, r, alpha, self.scaling, self.dropout, self.init, dtype)
