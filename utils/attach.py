@@ -88,7 +88,7 @@ def attach(model, config, name="default"):
 
 
 def adapter_dtype(module):
-    """The base's dtype, but float32 over half-precision and quantized weights: their steps are too coarse to learn in."""
+    """The base's dtype, but float32 over half-precision and quantized weights: their steps are too coarse."""
     dtype = module.weight.dtype
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
@@ -172,7 +172,7 @@ class Adapter:
         merged = [n for n, a in adapters(self.model).items() if a.merged and a is not self]
         if merged:
             raise ValueError(f"adapter {merged[0]!r} is merged into the weights: unmerge it before switching")
-        for other in sorted(adapters(self.model).values(), key=lambda a: a is self):  # itself last: biases go back first
+        for other in sorted(adapters(self.model).values(), key=lambda a: a is self):  # itself last
             other._set_active(other is self)
 
     def _set_active(self, on):

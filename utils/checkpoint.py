@@ -212,7 +212,7 @@ def read_tensors(folder):
     if not file.exists():
         pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
         if pickles:
-            raise ValueError(f"{folder / pickles[0]} is a pickle, which can run code when opened: only {WEIGHTS} is read")
+            raise ValueError(f"{folder / pickles[0]} is a pickle: opening one can run code, so only {WEIGHTS} is read")
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}")
     try:
         tensors = load(file.read_bytes())

@@ -22,7 +22,7 @@ class Wrapper(nn.Module):
         self.train(base.training)
 
     def __getattr__(self, name):
-        # Models look at attributes of their layers (T5 reads wo.weight.dtype): what the wrapper lacks, the base answers.
+        # Models look at attributes of their layers (T5 reads wo.weight.dtype): what a wrapper lacks, its base answers.
         try:
             return super().__getattr__(name)
         except AttributeError:
