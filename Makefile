@@ -1,0 +1,57 @@
+# Two commands on a fresh machine with Python 3.11 and make: `make run` and `make test`.
+# Each first makes .venv and installs constraints.txt's versions into it, once.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+COURSE := $(BIN)/python -m utils.course
+
+help:
+	@echo "make run         execute every chapter, both forms, on the tiny models; leaves build/report/index.html"
+	@echo "make test        run every test, the notebooks' own included"
+	@echo "make lab         open JupyterLab"
+	@echo "make bench       measure time and memory against peft; writes JSON and a table"
+	@echo "make build       write the notebooks of solutions/*.py again (EXECUTE=1 runs and stores outputs too)"
+	@echo "make collect     CH=02_lora FROM=folder: take in a class's submissions"
+	@echo "make grade       CH=02_lora: grade them with nbgrader, into build/grading"
+	@echo "make test-floor  run the unit tests on the oldest versions that pyproject.toml allows"
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; PYTHON=/path/to/python3.11 make ... names one.")'
+	@echo "Setting up $(VENV); this takes a few minutes, once."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: $(VENV)/ready
+	@$(COURSE) run --profile tiny --jobs 2
+
+test: $(VENV)/ready
+	@$(COURSE) test
+
+lab: $(VENV)/ready
+	@$(BIN)/python -m jupyter lab
+
+bench: $(VENV)/ready
+	@$(BIN)/python -m utils.bench
+
+build: $(VENV)/ready
+	@$(COURSE) build $(if $(EXECUTE),--execute)
+
+collect: $(VENV)/ready
+	@$(COURSE) collect "$(CH)" "$(FROM)"
+
+grade: $(VENV)/ready
+	@$(COURSE) grade "$(CH)"
+
+.venv-floor/ready: pyproject.toml utils/course/floors.py
+	@echo "Setting up .venv-floor with the oldest allowed versions."
+	@$(PYTHON) -m venv .venv-floor
+	@.venv-floor/bin/python utils/course/floors.py pyproject.toml > .venv-floor/floors.txt
+	@.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-floor/floors.txt -e '.[dev]'
+	@touch $@
+
+test-floor: .venv-floor/ready
+	@OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -q -n 2 --dist loadfile tests
+
+.PHONY: help run test lab bench build collect grade test-floor
