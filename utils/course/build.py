@@ -162,10 +162,10 @@ def _with_bug(exercise: Exercise, source: str) -> str:
         raise CourseError(f"{exercise.key}: a bug to find must be written with def, and so must the library's own.")
     if [a.arg for a in wrong.args.args] != [a.arg for a in right.args.args]:
         raise CourseError(f"{exercise.key}: the mistake's parameters differ from those of {exercise.name}.")
-    text = textwrap.dedent(inspect.getsource(attempt)).rstrip("\n").splitlines()
     body = wrong.body[1:] if ast.get_docstring(wrong) is not None else wrong.body
     head = parse(source, exercise.name, exercise.target).stub.splitlines()[:-1]
-    return "\n".join(head + text[body[0].lineno - 1 :])
+    # unparsed, which drops comments: the mistake's own would give it away
+    return "\n".join([*head, textwrap.indent("\n".join(map(ast.unparse, body)), "    ")])
 
 
 def _markdown(wanted: str, text: str):

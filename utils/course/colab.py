@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 KEEP = ("torch", "numpy")
-CONFLICT = ("ResolutionImpossible", "conflicting dependencies", "No matching distribution")
+CONFLICT = ("ResolutionImpossible", "conflicting dependencies", *(f"the requirement {name}" for name in KEEP))
 
 
 def prepare(home: Path) -> None:
