@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from data.make import decoder, probes, words, world
 from data.make import tasks as make
-from data.make import words, world
+from data.make.__main__ import main
 from data.make.messages import ROLES, draw_message, split_of_item, tagged_words
 from utils import tasks
 from utils.models import load_tokenizer
@@ -153,3 +154,21 @@ def test_rank_task_is_more_than_a_rank_one_update_of_a_readout_can_answer():
     associations = {(row["prompt"], row["target"]) for row in rows if row["prompt"].endswith("Answer:")}
     assert len(associations) == make.RANK_PEOPLE * len(make.RANK_ATTRIBUTES) == 800
     assert len(answers) == sum(len(world.VALUES[attribute]) for attribute in make.RANK_ATTRIBUTES) == 70
+
+
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["cake"])
+    assert stopped.value.code == 2
+    assert "there is no part 'cake'; choose from tasks, decoder, encoder" in capsys.readouterr().err
+
+
+def test_an_untrained_decoder_fails_its_gates_and_leaves_a_record(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(decoder, "HELD_OUT_DOCUMENTS", 20)
+    monkeypatch.setattr(probes.run, "__defaults__", (5,))
+    full_main = decoder.main
+    monkeypatch.setattr(decoder, "main", lambda: full_main(tmp_path, steps=1))
+    assert main(["decoder"]) == 1
+    assert "gate failed: copy is 0.000, below 0.98" in capsys.readouterr().err
+    stored = json.loads((tmp_path / "training.json").read_text())
+    assert stored["steps"] == 1 and stored["tokens"] > 1_000 and set(stored["probes"]) == set(probes.GATES)
