@@ -1,0 +1,136 @@
+"""What is different about a wrong value: type, shape, a factor and what it equals, a sign, an offset, a place."""
+
+import math
+from numbers import Number
+
+import torch
+
+from utils.checks.compare import close, largest, tensors
+
+
+def about_value(exercise, bad):
+    """bad: (case, wanted outcome, outcome) of the cases that failed, neither of them an exception."""
+    pairs = [(c, w.value, o.value) for c, w, o in bad if w.error is None]
+    case, want, out = pairs[0]
+    if out is None:
+        return "It returned None. Is there a return statement on every path?"
+    if isinstance(want, dict):  # the findings of an exercise's own call
+        key = next(k for k in want if k not in out or not close(out[k], want[k], exercise.tolerance))
+        if key in exercise.explain:
+            return exercise.explain[key].format(yours=out.get(key), expected=want[key])
+        return f"{key}: {about_one([(c, w[key], o.get(key)) for c, w, o in pairs])}"
+    if isinstance(want, (list, tuple)) and tensors(want):
+        if not isinstance(out, (list, tuple)) or len(out) != len(want):
+            return f"Yours returned {kind_of(out)}, and {kind_of(want)} is expected."
+        i = next(i for i, w in enumerate(want) if not close(out[i], w, exercise.tolerance))
+        pairs = [(c, w[i], o[i]) for c, w, o in pairs if isinstance(o, (list, tuple)) and not close(o[i], w[i])]
+        return f"The {('first', 'second', 'third')[i]} returned value: {about_one(pairs)}"
+    return about_one(pairs, exercise.base)
+
+
+def about_one(pairs, base=None):
+    """pairs: (case, wanted, got). base: see Exercise."""
+    case, want, out = pairs[0]
+    if not isinstance(out, type(want)) and not (isinstance(want, float) and isinstance(out, Number)):
+        return f"Yours returned {kind_of(out)}, and {kind_of(want)} is expected."
+    if not isinstance(want, torch.Tensor):
+        ratio = about_factor(pairs, "answer") if isinstance(want, Number) and len(pairs) > 1 else None
+        return ratio or f"With {described(case)}: yours {out!r}, expected {want!r}."
+    if out.device != want.device:
+        return f"Wrong device: the inputs are on {want.device}, you returned a tensor on {out.device}."
+    if out.is_complex():
+        return f"Wrong dtype: {short(want.dtype)} is expected, you returned {short(out.dtype)}."
+    if out.shape != want.shape:
+        turned = " It is transposed." if out.ndim == 2 and out.shape == want.mT.shape else ""
+        return f"Wrong shape: yours {tuple(out.shape)}, expected {tuple(want.shape)}, with {described(case)}.{turned}"
+    if not torch.isfinite(out).all():
+        return f"Your output holds NaN or infinite values, with {described(case)}."
+    if out.ndim == 2 and all(o.shape == w.mT.shape and close(o.mT, w) for _, w, o in pairs):
+        return "Your output is the transpose of the expected one."
+    about = about_factor(pairs, "output")
+    if about is None and base is not None:
+        bases = [base(*c.inputs.values()) for c, _, _ in pairs]
+        about = about_factor([(c, w - b, o - b) for (c, w, o), b in zip(pairs, bases, strict=True)], "update")
+    return about or f"{first_place(want, out)} The case: {described(case)}."
+
+
+def about_factor(pairs, what):
+    """A sentence when each output is the expected one times a constant, or plus one; None when neither."""
+    pairs = [(c, torch.as_tensor(w).detach(), torch.as_tensor(o).detach()) for c, w, o in pairs]
+    pairs = [p for p in pairs if p[1].dtype not in (torch.float16, torch.bfloat16)] or pairs  # too coarse to divide
+    pairs = [(c, w.double(), o.double()) for c, w, o in pairs]
+    if any(w.shape != o.shape for _, w, o in pairs):
+        return None
+    gaps = [o - w for _, w, o in pairs]
+    if all(gap.numel() > 1 and largest(gap - gap.mean()) < 1e-3 * largest(gap) for gap in gaps):
+        return f"Your {what} is off by the same {gaps[0].mean().item():.4g} everywhere."
+    ratios = [((o * w).sum() / (w * w).sum().clamp_min(1e-30)).item() for _, w, o in pairs]
+    if not all(abs(f) > 1e-6 and close(o, f * w, 1e-3) for f, (_, w, o) in zip(ratios, pairs, strict=True)):
+        return None
+    if all(math.isclose(f, -1, rel_tol=1e-3) for f in ratios):
+        return f"Your {what} has the wrong sign; its size is right."
+    known = [factors(case.numbers) for case, _, _ in pairs]
+    for name in known[0]:
+        if all(math.isclose(f, k.get(name, 0), rel_tol=2e-3) for f, k in zip(ratios, known, strict=True)):
+            numbers = [f"{k} is {v:g}" for k, v in pairs[0][0].numbers.items() if k in name]
+            which = "" if name in pairs[0][0].numbers else f", which is {name}"
+            return f"Your {what} is {times(ratios[0])} the expected one{which}, and {' and '.join(numbers)}."
+    if all(math.isclose(f, ratios[0], rel_tol=2e-3) for f in ratios):
+        return f"Your {what} is {times(ratios[0])} the expected one."
+    return None
+
+
+def factors(numbers):
+    """What a ratio may be, in terms of the numbers of a case: {"r": 8, "1/r": 0.125, "sqrt(r)": 2.83, "alpha/r": 2}."""
+    numbers = {k: v for k, v in numbers.items() if isinstance(v, (int, float)) and v > 0}
+    found = dict(numbers)
+    for k, v in numbers.items():
+        found |= {f"1/{k}": 1 / v, f"sqrt({k})": v**0.5, f"1/sqrt({k})": v**-0.5, f"{k}^2": v**2}
+    return found | {f"{k}/{m}": v / w for k, v in numbers.items() for m, w in numbers.items() if k != m}
+
+
+def first_place(want, out):
+    """Which rows differ, and the first place that does."""
+    wrong = ~torch.isclose(out.double(), want.double(), rtol=1e-3, atol=1e-4 * max(largest(want), 1e-6))
+    at = tuple(wrong.nonzero()[0].tolist()) if wrong.any() else (0,) * want.ndim
+    mine, ours = out[at].item(), want[at].item()
+    error = f" (relative error {abs(mine - ours) / abs(ours):.2g})" if ours else ""
+    where = f"First difference at {list(at)}: yours {mine:.4g}, expected {ours:.4g}{error}."
+    rows = wrong.reshape(-1, wrong.shape[-1]).any(-1) if wrong.ndim > 1 else wrong.any()[None]
+    if rows.all():
+        return where
+    some = ", ".join(str(i) for i in rows.nonzero().flatten().tolist()[:6])
+    return f"Rows {some} of {len(rows)} are wrong, the others right. {where}"
+
+
+# ------------------------------------------------------------------------------------------------- words
+
+
+def short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def kind_of(value):
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "None" if value is None else f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}"
+
+
+def times(ratio):
+    whole, part = round(ratio), round(1 / ratio)
+    if whole and abs(ratio - whole) < 2e-3 * abs(ratio):
+        return f"exactly {whole} times"
+    return f"1/{part} of" if part and abs(1 / ratio - part) < 2e-3 / abs(ratio) else f"{ratio:.4g} times"
+
+
+def described(case):
+    """The inputs of a case in a few words: x (4, 5), W (7, 5), r 8."""
+    parts = []
+    for name, value in case.inputs.items():
+        if isinstance(value, torch.Tensor):
+            parts.append(f"{name} {tuple(value.shape)}")
+        else:
+            text = f"{name}={value!r}" if not tensors(value) else f"{name} {[tuple(t.shape) for t in tensors(value)]}"
+            text = " ".join(text.split())
+            parts.append(text if len(text) <= 160 else text[:157] + "...")
+    return ", ".join(parts)
