@@ -15,7 +15,7 @@ PER_CLASS = {"train": 64, "validation": 50, "test": 50}
 TAG_SIZES = {"train": 500, "validation": 200, "test": 400}
 DOCUMENT_SIZES = {"train": 1_000, "validation": 200, "test": 300}
 FACT_PEOPLE, FACT_ATTRIBUTES = 40, ("town", "job", "hobby")
-RANK_PEOPLE, RANK_ATTRIBUTES = 200, ("town", "job", "hobby", "food")
+RANK_PEOPLE, RANK_ATTRIBUTES = 200, ("town", "job", "hobby", "pet")
 PRETRAINING_SHARDS = 45  # at least as many as the decoder saw; held-out documents are in none of them
 
 KIND_NAMES = KINDS
