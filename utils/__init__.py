@@ -2,9 +2,12 @@
 
 import importlib
 import logging
+import warnings
 
 # On a CPU, importing peft beside bitsandbytes prints a warning about a kernel that only inference on a CPU would use.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# peft 0.21 asks transformers 5 for a property that was renamed; nothing a reader can do about it.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 # At once, not lazily: the function must win over the submodule of the same name.
 from utils.attach import Adapter, adapters, attach  # noqa: E402
