@@ -89,22 +89,27 @@ def peak_new_tensor(fn):
     return watch.largest
 
 
-def cpu_seconds(fns, repeats=15):
-    """CPU seconds of each function in {name: fn}: the minimum of `repeats` calls after a first one, on one thread.
+def cpu_times(fns, repeats=15):
+    """CPU seconds of every call of each function in {name: fn}: {name: `repeats` numbers}, on one thread.
 
     The functions take turns, so that a busy machine disturbs all of them alike, and the time is the thread's own, which
-    other programs do not add to. Compare such numbers as ratios.
+    other programs do not add to, though they do slow it down. Each is called once before, unmeasured.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    best = dict.fromkeys(fns, math.inf)
+    times = {name: [] for name in fns}
     try:
         for turn in range(repeats + 1):
             for name, fn in fns.items():
                 start = time.thread_time()
                 fn()
                 if turn > 0:
-                    best[name] = min(best[name], time.thread_time() - start)
+                    times[name].append(time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
-    return best
+    return times
+
+
+def cpu_seconds(fns, repeats=15):
+    """The least of `cpu_times` for each function: the call that was disturbed least. Compare them as ratios."""
+    return {name: min(times) for name, times in cpu_times(fns, repeats).items()}

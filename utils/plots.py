@@ -1,139 +1,209 @@
-"""Pictures for the chapters, in one style: a colour-blind-safe palette, thin grids, notebook width.
+"""Pictures, all in one style. Importing this module sets the style; every function returns its Axes or Figure.
 
-Functions draw on `ax`, or on a new figure if it is None, and return the Axes. Nothing calls plt.show: the notebook does.
+Colours are Okabe and Ito's, which people who see fewer colours can tell apart. One role keeps one colour throughout:
+what is frozen is grey, what is trained is orange, data that flows is blue.
 """
+
+import math
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
+from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's palette, without its yellow, which is too pale for lines.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-FROZEN, TRAINED = "#C9CED6", COLORS[1]
-STYLE = {
-    "figure.dpi": 110, "font.size": 9.5, "axes.titlesize": 10.5, "axes.prop_cycle": plt.cycler(color=COLORS),
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.7, "lines.markersize": 4,
-}  # fmt: skip
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = PALETTE = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000",
+)
+FROZEN, TRAINED, DATA, INK = "#D4D7DB", ORANGE, BLUE, "#333333"
+MARKERS = "os^Dvp*X"
+SIZE = (7.0, 3.2)  # inches: the width of a notebook cell
 
-
-def axes(ax=None, width=7.0, height=3.2):
-    """A new Axes in the course's style, or the one given."""
-    if ax is not None:
-        return ax
-    plt.rcParams.update(STYLE)
-    return plt.subplots(figsize=(width, height), layout="constrained")[1]
-
-
-def panels(count, width=10.0, height=3.2, **options):
-    """`count` Axes side by side, in the course's style."""
-    plt.rcParams.update(STYLE)
-    return plt.subplots(1, count, figsize=(width, height), layout="constrained", **options)[1]
+plt.rcParams.update({
+    "figure.figsize": SIZE, "figure.dpi": 110, "figure.constrained_layout.use": True,
+    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.prop_cycle": plt.cycler(color=PALETTE), "axes.edgecolor": INK, "axes.labelcolor": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.grid": True, "grid.color": "#E3E3E3", "grid.linewidth": 0.6,
+    "xtick.color": INK, "ytick.color": INK, "text.color": INK, "legend.frameon": False, "lines.linewidth": 1.8,
+})
 
 
-def dress(ax, xlabel="", ylabel="", title="", logx=False, logy=False):
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+def panels(count=1, height=SIZE[1]):
+    """A row of `count` axes side by side, as a list. height in inches."""
+    return list(plt.subplots(1, count, figsize=(SIZE[0], height), squeeze=False)[1][0])
+
+
+def lines(data, *, ax=None, xlabel="", ylabel="", title="", logx=False, logy=False, points=True):
+    """Curves. data: {label: (x, y)}; y is (points,), or (seeds, points): their mean, their spread as a band, and dots.
+
+    Few points also get a marker, which tells curves apart without their colour. Returns the Axes.
+    """
+    ax = ax or panels()[0]
+    for i, (label, (x, y)) in enumerate(data.items()):
+        y = np.atleast_2d(np.asarray(y, dtype=float))
+        color, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)] if points and len(x) <= 20 else ""
+        ax.plot(x, y.mean(0), color=color, marker=marker, markersize=5, label=label)
+        if len(y) > 1:
+            ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
+            if marker:
+                ax.plot(x, y.T, ".", color=color, alpha=0.5, markersize=4)
     if logx:
-        ax.set_xscale("log")
+        ax.set_xscale("log", base=2 if _powers_of_two(data) else 10)
+        if _powers_of_two(data):
+            ax.xaxis.set_major_formatter("{x:g}")
     if logy:
         ax.set_yscale("log")
+    return _finish(ax, xlabel, ylabel, title, legend=len(data) > 1)
+
+
+def bars(data, *, ax=None, xlabel="", title="", log=False, fmt="{:.3g}"):
+    """Horizontal bars, each with its number. data: {label: value}, or {label: values over seeds}: mean, and a dot each.
+
+    Returns the Axes.
+    """
+    height = 0.9 + 0.34 * len(data)
+    ax = ax or panels(height=height)[0]
+    for i, (label, value) in enumerate(data.items()):
+        values = np.atleast_1d(np.asarray(value, dtype=float))
+        ax.barh(label, values.mean(), color=PALETTE[i % len(PALETTE)], height=0.65)
+        if len(values) > 1:
+            ax.plot(values, [label] * len(values), "o", color="white", markeredgecolor=INK, markersize=4)
+        ax.annotate(fmt.format(values.mean()), (values.max(), i), (5, 0), textcoords="offset points", va="center")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    if log:
+        ax.set_xscale("log")
+    ax.margins(x=0.12)
+    return _finish(ax, xlabel, "", title)
+
+
+def stacked(data, *, ax=None, xlabel="", title=""):
+    """Horizontal bars made of parts. data: {label: {part: value}}, the same parts in every bar. Returns the Axes."""
+    ax = ax or panels(height=1.4 + 0.34 * len(data))[0]
+    parts = list(next(iter(data.values())))
+    ends = np.zeros(len(data))
+    for i, part in enumerate(parts):
+        values = np.array([bar[part] for bar in data.values()], dtype=float)
+        ax.barh(list(data), values, left=ends, color=PALETTE[i % len(PALETTE)], height=0.65, label=part)
+        ends += values
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    _finish(ax, xlabel, "", "")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts))
+    ax.figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
     return ax
 
 
-def lines(series, ax=None, **labels):
-    """Lines over x. series: {label: (x, y)}; y may be a list of runs (one per seed), drawn as mean and spread.
+def heat(matrix, *, ax=None, xlabel="", ylabel="", title="", notes=None, blocks=(), signed=False, bar=True):
+    """A matrix as a picture, rows downward. matrix: (rows, columns) of numbers, or of booleans: trained or not.
 
-    labels: xlabel, ylabel, title, logx, logy
+    notes: text per entry (a nested list), or a format such as "{:.1f}"; blocks: (row, column, rows, columns, text) of
+    parts to frame and name; signed: colours diverge from zero; bar: draw the colour scale. Returns the Axes.
     """
-    ax = axes(ax)
-    for label, (x, y) in series.items():
-        x, y = np.asarray(list(x), float), np.asarray(y, float)
-        marker = "o" if len(x) <= 25 else None
-        if y.ndim == 1:
-            ax.plot(x, y, marker=marker, label=label)
-            continue
-        (line,) = ax.plot(x, y.mean(0), marker=marker, label=label)
-        ax.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.18, linewidth=0)
-    if len(series) > 1:
-        ax.legend()
-    dress(ax, **labels)
-    if labels.get("logx") and len(x) <= 12:  # the measured points, not powers of ten
-        ax.set_xticks(x, [f"{value:g}" for value in x])
-        ax.minorticks_off()
-    return ax
-
-
-def bars(series, labels, ax=None, stacked=False, **words):
-    """Groups of bars. series: {part: one value, or a list of runs, per label}; runs are drawn as mean and dots.
-
-    stacked: parts on top of one another instead of side by side
-    """
-    ax = axes(ax)
-    x, width, floor = np.arange(len(labels)), 0.8 if stacked else 0.8 / len(series), np.zeros(len(labels))
-    for i, (part, values) in enumerate(series.items()):
-        means = np.array([np.mean(v) for v in values])
-        at = x if stacked else x + (i - (len(series) - 1) / 2) * width
-        ax.bar(at, means, width * 0.92, bottom=floor if stacked else None, label=part, alpha=0.85)
-        if stacked:
-            floor = floor + means
-            continue
-        for position, runs in zip(at, values, strict=True):
-            runs = np.atleast_1d(runs)
-            if len(runs) > 1:
-                ax.plot([position] * len(runs), runs, "o", color="#333333", markersize=3)
-    ax.set_xticks(x, labels)
-    ax.grid(axis="x", visible=False)
-    if len(series) > 1:
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return dress(ax, **words)
-
-
-def heat(matrix, ax=None, rows=None, columns=None, write=False, low=None, high=None, **words):
-    """A matrix as a picture. rows, columns: tick labels; write: the values into the cells (format string or True)."""
-    ax = axes(ax, width=5.2)
-    matrix = np.asarray(matrix, float)
-    shown = ax.imshow(matrix, cmap="cividis", aspect="auto", vmin=low, vmax=high, interpolation="nearest")
-    ax.grid(visible=False)
-    for ticks, names in ((ax.set_xticks, columns), (ax.set_yticks, rows)):
-        if names is not None:
-            ticks(range(len(names)), names)
-    if write:
-        form = write if isinstance(write, str) else "{:.2f}"
-        middle = np.nanmean([shown.norm.vmin, shown.norm.vmax])
+    matrix, yes_no = np.asarray(matrix, dtype=float), np.asarray(matrix).dtype == bool
+    ax = ax or panels()[0]
+    limit = np.abs(matrix).max() or 1.0
+    scale = {"cmap": "Blues", "vmin": min(0, matrix.min())}
+    if yes_no:
+        scale = {"cmap": ListedColormap([FROZEN, TRAINED]), "vmin": 0, "vmax": 1}
+    if signed:
+        scale = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
+    image = ax.imshow(matrix, aspect="equal", interpolation="nearest", **scale)
+    if notes is not None:
         for (i, j), value in np.ndenumerate(matrix):
-            text = "-" if np.isnan(value) else form.format(value)
-            ax.text(j, i, text, ha="center", va="center", color="white" if value < middle else "black", fontsize=8)
-    return dress(ax, **words)
+            text = notes.format(value) if isinstance(notes, str) else notes[i][j]
+            dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else INK)
+    for row, column, rows, columns, text in blocks:
+        ax.add_patch(Rectangle((column - 0.5, row - 0.5), columns, rows, fill=False, edgecolor=INK, linewidth=1.5))
+        middle = (column + columns / 2 - 0.5, row + rows / 2 - 0.5)
+        paper = {"facecolor": "white", "edgecolor": "none"}
+        ax.text(*middle, text, ha="center", va="center", weight="bold", bbox=paper)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True))
+    if bar and not yes_no:
+        ax.figure.colorbar(image, ax=ax, shrink=0.85)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(True)
+    return _finish(ax, xlabel, ylabel, title)
 
 
-def lora_picture():
-    """LoRA's two ways through a layer: the frozen W, and the narrow door of A and B."""
-    ax = axes(None, width=8.2, height=3.9)
-    ax.set(xlim=(0, 16.4), ylim=(0, 8))
+def spectrum(values, *, ax=None, rank=None, title="", ylabel="singular value / largest"):
+    """Singular values, each curve divided by its largest. values: {label: (k,)}; rank: draw a line there.
+
+    Returns the Axes.
+    """
+    shares = {label: np.sort(np.asarray(v, dtype=float))[::-1] for label, v in values.items()}
+    curves = {label: (np.arange(1, len(v) + 1), v / v[0]) for label, v in shares.items()}
+    ax = lines(curves, ax=ax, xlabel="number, from the largest", ylabel=ylabel, title=title, logy=True)
+    if rank is not None:
+        ax.axvline(rank + 0.5, color=INK, linewidth=1, linestyle="--")
+        ax.annotate(f"rank {rank}", (rank + 0.5, 1), (4, 0), textcoords="offset points", va="top",
+                    xycoords=("data", "axes fraction"))
+    return ax
+
+
+def lora_picture(d_in=4096, d_out=4096, r=8):
+    """The mechanism of LoRA: the wide frozen way through W, and the narrow trained way through A and B."""
+    figure, ax = plt.subplots(figsize=(7, 3.6))
+    ax.set(xlim=(0, 14), ylim=(-0.35, 7.2), aspect="equal")
     ax.axis("off")
+    name = {"ha": "center", "va": "center"}
+    small = {**name, "fontsize": 8.5}
 
-    def box(x, y, width, height, color, text, shape, below=False):
-        ax.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="#444444", linewidth=1))
-        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=14, style="italic")
-        ax.text(x + width / 2, y - 0.4 if below else y + height + 0.3, shape, ha="center", va="center", fontsize=9)
+    def column(x, low, high, color, **options):
+        ax.add_patch(Rectangle((x - 0.14, low), 0.28, high - low, facecolor=color, edgecolor="none", **options))
 
     def arrow(start, end):
-        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, linewidth=1.2, color="#444444"))
+        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=INK, linewidth=1.2,
+                                     shrinkA=0, shrinkB=0))
 
-    box(0.6, 2.6, 0.5, 3.2, "#F2F2F2", "x", r"$d_{in}$ numbers")
-    box(4.2, 4.3, 3.2, 3.0, FROZEN, "W", r"$(d_{out}, d_{in})$, frozen")
-    box(4.2, 1.2, 3.2, 0.5, TRAINED, "A", r"$(r, d_{in})$, trained, starts random", below=True)
-    box(8.3, 1.2, 0.5, 0.5, "#F2F2F2", "", "r numbers")
-    box(9.9, 0.7, 0.5, 2.4, TRAINED, "B", r"$(d_{out}, r)$, trained, starts at zero", below=False)
-    box(14.9, 2.6, 0.5, 3.2, "#F2F2F2", "y", r"$d_{out}$ numbers")
-    ax.add_patch(plt.Circle((13.4, 4.2), 0.42, facecolor="white", edgecolor="#444444"))
-    ax.text(13.4, 4.2, "+", ha="center", va="center", fontsize=14)
-    ax.text(11.75, 2.15, r"$\times\ \alpha / r$", ha="center", fontsize=11)
-    arrow((1.2, 4.6), (4.1, 5.8))
-    arrow((1.2, 3.8), (4.1, 1.6))
-    arrow((7.5, 1.45), (8.2, 1.45))
-    arrow((8.9, 1.45), (9.8, 1.7))
-    arrow((7.5, 5.8), (13.0, 4.5))
-    arrow((10.5, 1.9), (13.1, 3.85))
-    arrow((13.9, 4.2), (14.8, 4.2))
+    column(0.9, 2.2, 5.0, DATA)
+    ax.text(0.9, 5.35, "x", **name, fontsize=13, style="italic")
+    ax.text(0.9, 1.85, f"{d_in:,}", **small)
+
+    ax.add_patch(Rectangle((4.4, 3.75), 3.2, 3.2, facecolor=FROZEN, edgecolor="none"))
+    ax.text(6.0, 5.6, "W", **name, fontsize=20)
+    ax.text(6.0, 4.75, "frozen", **small)
+    ax.text(6.0, 4.3, f"{d_out:,} × {d_in:,}", **small)
+
+    low, high, thin = 0.55, 3.05, 0.09  # the lower way: as high as the data is wide
+    middle = (low + high) / 2
+    ax.add_patch(Polygon([(3.0, low), (3.0, high), (5.5, middle + thin), (5.5, middle - thin)], facecolor=TRAINED))
+    ax.add_patch(Polygon([(6.5, middle + thin), (6.5, middle - thin), (9.0, low), (9.0, high)], facecolor=TRAINED))
+    ax.text(3.85, middle, "A", **name, fontsize=16)
+    ax.text(8.15, middle, "B", **name, fontsize=16)
+    ax.text(3.6, low - 0.45, f"{r} × {d_in:,}\nrandom at first", **small)
+    ax.text(8.4, low - 0.45, f"{d_out:,} × {r}\nzero at first", **small)
+    ax.add_patch(Rectangle((5.5, middle - thin), 1.0, 2 * thin, facecolor=DATA, edgecolor="none"))
+    ax.text(6.0, middle - 0.42, f"{r}", **small)
+    ax.text(6.0, low - 0.45, "trained", **small)
+
+    for x, y, text in ((10.4, middle, "s"), (11.6, 5.35, "+")):
+        ax.add_patch(Circle((x, y), 0.38, facecolor="white", edgecolor=INK, linewidth=1.2))
+        ax.text(x, y, text, **name, fontsize=12)
+    ax.text(10.4, middle - 0.75, r"$\alpha / r$", **name, fontsize=10)
+
+    column(13.1, 3.95, 6.75, DATA)
+    ax.text(13.1, 7.05, "y", **name, fontsize=13, style="italic")
+    ax.text(13.1, 3.6, f"{d_out:,}", **small)
+    arrow((1.2, 4.2), (4.3, 5.35))
+    arrow((1.2, 3.0), (2.9, middle))
+    arrow((7.7, 5.35), (11.22, 5.35))
+    arrow((9.1, middle), (10.02, middle))
+    arrow((10.62, middle + 0.33), (11.4, 4.98))
+    arrow((11.98, 5.35), (12.86, 5.35))
+    return figure
+
+
+def _finish(ax, xlabel, ylabel, title, legend=False):
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if legend:
+        ax.legend()
     return ax
+
+
+def _powers_of_two(data):
+    """Whether every x is a power of two, as ranks are: then an axis marked in powers of two reads best."""
+    return all(x > 0 and math.log2(x).is_integer() for xs, _ in data.values() for x in xs)

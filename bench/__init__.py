@@ -1,0 +1,1 @@
+"""Benchmarks: this library against the ones people use, as ratios. `make bench` runs all of them."""
