@@ -133,6 +133,13 @@ def test_right_returns_the_readers_own(capsys):
     assert check(lora_forward, "grouping") is lora_forward
 
 
+def test_checking_again_after_falling_back_says_whose_it_is(capsys):
+    ours = check(lora_forward)
+    capsys.readouterr()
+    assert check(ours) is ours
+    assert "it is ours. Run the cell that defines yours" in lines(capsys)
+
+
 def test_the_table_of_the_first_exercise(capsys):
     """The first case has r = 8 and alpha = 16, so these sentences are known to the letter."""
     exercise = find("lora_forward")

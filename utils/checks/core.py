@@ -227,6 +227,8 @@ def check(obj, point=None):
             verdict, sentence = "wrong", seen[0].says
         elif seen:
             sentence = seen[0].says
+        elif obj is exercise.reference:  # the check of a fallen-back exercise was run again
+            sentence = "right, and it is ours. Run the cell that defines yours, then check again."
         else:
             sentence = f"right. {sentence}"
     if verdict != "right" and os.environ.get(GRADING):

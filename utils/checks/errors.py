@@ -37,7 +37,7 @@ def blank_part(error, attempt):
 
 def about_error(exercise, attempt, error):
     if isinstance(error, RecursionError):
-        return f"{exercise.name} calls itself without end."
+        return "It calls itself without end."
     message = " ".join(str(error).split()).rstrip(".")
     message = message if len(message) <= 200 else message[:197] + "..."
     frames = own_frames(error, attempt)

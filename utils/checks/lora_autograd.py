@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from utils.checks.core import Case, Exercise, Mistake, Remark
 from utils.checks.draw import low_rank, normal, pick
@@ -138,7 +139,8 @@ def keeps_more(attempt):
         present = [x, W, bias, A, B] if mask is None else [x, W, bias, A, B, mask]
         if saved_bytes(lambda m=mask: attempt.apply(x, W, bias, A, B, 2.0, m), present) > 0:
             return True
-        on_ctx = vars(attempt.apply(x, W, bias, A, B, 2.0, mask).grad_fn).values()  # past save_for_backward
+        node = attempt.apply(x, W, bias, A, B, 2.0, mask).grad_fn
+        on_ctx = getattr(node, "__dict__", {}).values()  # past save_for_backward
         if any(isinstance(value, torch.Tensor) and all(value is not t for t in present) for value in on_ctx):
             return True
     return False
@@ -277,6 +279,25 @@ class WithEinsum(torch.autograd.Function):
         return dx, None, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None, dA, dB, None, None
 
 
+class InNewStyle(torch.autograd.Function):
+    """With setup_context, and no second derivative."""
+
+    @staticmethod
+    def forward(x, W, bias, A, B, scale, mask):
+        kept = x if mask is None else x * mask
+        return F.linear(x, W, bias) + scale * F.linear(F.linear(kept, A), B)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W, _, A, B, ctx.scale, mask = inputs
+        ctx.save_for_backward(x, W, A, B, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return WithEinsum.backward(ctx, grad)
+
+
 LORA_FUNCTION = Exercise(
     name="LoRAFunction",
     reference=LoRAFunction,
@@ -301,7 +322,7 @@ LORA_FUNCTION = Exercise(
         Mistake("too_few", altered(too_few), None, "One value for each argument of forward"),
         Mistake("changes_x", ChangesX, None, "Your function changed x"),
     ),
-    alternatives=(WithEinsum, altered(lambda found, ctx, grad: None)),
+    alternatives=(WithEinsum, InNewStyle),
     remarks=(
         Remark("lean",
                "Right numbers, but you keep more for the backward pass than x, the parameters and the mask: a masked "

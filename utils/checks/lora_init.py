@@ -19,7 +19,7 @@ def init_findings(attempt, d_in, d_out, r):
     drawn = [attempt(d_in, d_out, r), attempt(d_in, d_out, r)]
     drawn += [attempt(d_in, d_out, r, torch.Generator().manual_seed(7)) for _ in range(2)]
     for pair in drawn:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(t, torch.Tensor) for t in pair)):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, torch.Tensor) for t in pair)):
             return {"two tensors": False}
     (A, B), (A2, _), (A3, _), (A4, _) = [[t.detach() for t in pair] for pair in drawn]
     found = {"two tensors": True, "shape of A": tuple(A.shape), "shape of B": tuple(B.shape),

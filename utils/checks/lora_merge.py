@@ -74,6 +74,8 @@ LORA_MERGE = Exercise(
         Mistake("product_rounded", lambda W, A, B, alpha: W + (alpha / len(A) * (B @ A)).to(W.dtype), ROUNDED_TWICE),
         Mistake("factors_rounded",
                 lambda W, A, B, alpha: W + alpha / A.shape[0] * (B.to(W.dtype) @ A.to(W.dtype)), ROUNDED_TWICE),
+        Mistake("cast_too_late",
+                lambda W, A, B, alpha: (W.float() + alpha / len(A) * (B @ A).float()).to(W.dtype), ROUNDED_TWICE),
         Mistake("in_place", merge_in_place, None, "Your function changed W (max difference "),
         Mistake("in_float32", lambda W, A, B, alpha: W.float() + alpha / A.shape[0] * (B.float() @ A.float()), None,
                 "Right values, wrong dtype: W is bfloat16, you returned float32."),
