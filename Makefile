@@ -33,7 +33,7 @@ lab: $(VENV)/ready
 	@$(BIN)/python -m jupyter lab
 
 bench: $(VENV)/ready
-	@$(BIN)/python -m utils.bench
+	@$(BIN)/python -m bench
 
 build: $(VENV)/ready
 	@$(COURSE) build $(if $(EXECUTE),--execute)
