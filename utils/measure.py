@@ -73,6 +73,10 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.largest = (0, ())
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # or torch imports its whole compiler, seconds for a mode that nothing compiles
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
