@@ -44,6 +44,13 @@ def test_bars_print_their_numbers():
     assert ax.lines[0].get_xdata().tolist() == [0.5, 0.7]
 
 
+def test_stacked_adds_the_parts_up():
+    ax = plots.stacked({"full": {"weights": 2, "moments": 4}, "LoRA": {"weights": 2, "inputs": 1}}, xlabel="MB")
+    assert [(p.get_x(), p.get_width()) for p in ax.patches] == [(0, 2), (2, 4), (0, 2), (2, 1)]
+    assert ax.patches[0].get_facecolor() == ax.patches[2].get_facecolor() != ax.patches[3].get_facecolor()
+    assert {"6", "3"} <= set(texts(ax)) and {"weights", "moments", "inputs"} <= set(texts(ax.figure))
+
+
 def test_heat_writes_entries_and_frames_blocks():
     ax = plots.heat(np.eye(2), notes="{:.0f}", blocks=[(0, 1, 2, 1, "k")], signed=True)
     assert ax.images[0].get_clim() == (-1, 1)
@@ -79,9 +86,3 @@ def test_pictures_fit_together_in_one_figure():
 
 def test_palette_is_distinct():
     assert len(set(plots.PALETTE)) == len(plots.PALETTE) == len(plots.MARKERS) == 8
-
-
-def test_stacked_bars_lay_parts_end_to_end():
-    ax = plots.stacked({"full": {"weights": 1, "states": 3}, "LoRA": {"weights": 1, "states": 0.5}})
-    left = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
-    assert left == [(0, 1), (0, 1), (1, 3), (1, 0.5)]

@@ -78,21 +78,22 @@ def bars(data, *, ax=None, xlabel="", title="", log=False, fmt="{:.3g}"):
     return _finish(ax, xlabel, "", title)
 
 
-def stacked(data, *, ax=None, xlabel="", title=""):
-    """Horizontal bars made of parts. data: {label: {part: value}}, the same parts in every bar. Returns the Axes."""
-    ax = ax or panels(height=1.4 + 0.34 * len(data))[0]
-    parts = list(next(iter(data.values())))
-    ends = np.zeros(len(data))
-    for i, part in enumerate(parts):
-        values = np.array([bar[part] for bar in data.values()], dtype=float)
-        ax.barh(list(data), values, left=ends, color=PALETTE[i % len(PALETTE)], height=0.65, label=part)
-        ends += values
+def stacked(data, *, ax=None, xlabel="", title="", fmt="{:.3g}"):
+    """Horizontal bars in parts, each with its total. data: {label: {part: value}}. Returns the Axes."""
+    ax = ax or panels(height=1.2 + 0.34 * len(data))[0]
+    names = list(dict.fromkeys(part for parts in data.values() for part in parts))
+    for i, (label, parts) in enumerate(data.items()):
+        left = 0.0
+        for part, value in parts.items():
+            ax.barh(label, value, left=left, color=PALETTE[names.index(part) % len(PALETTE)], height=0.65)
+            left += value
+        ax.annotate(fmt.format(left), (left, i), (5, 0), textcoords="offset points", va="center")
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    _finish(ax, xlabel, "", "")
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts))
-    ax.figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
-    return ax
+    ax.margins(x=0.12)
+    keys = [Rectangle((0, 0), 1, 1, color=PALETTE[i % len(PALETTE)]) for i in range(len(names))]
+    ax.figure.legend(keys, names, loc="outside lower center", ncols=min(len(names), 4))
+    return _finish(ax, xlabel, "", title)
 
 
 def heat(matrix, *, ax=None, xlabel="", ylabel="", title="", notes=None, blocks=(), signed=False, bar=True):
@@ -109,7 +110,9 @@ def heat(matrix, *, ax=None, xlabel="", ylabel="", title="", notes=None, blocks=
         scale = {"cmap": ListedColormap([FROZEN, TRAINED]), "vmin": 0, "vmax": 1}
     if signed:
         scale = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
-    image = ax.imshow(matrix, aspect="equal", interpolation="nearest", **scale)
+    rows, columns = matrix.shape
+    aspect = "equal" if 1 / 3 <= rows / columns <= 3 else "auto"  # square entries, unless the picture were a thread
+    image = ax.imshow(matrix, aspect=aspect, interpolation="nearest", **scale)
     if notes is not None:
         for (i, j), value in np.ndenumerate(matrix):
             text = notes.format(value) if isinstance(notes, str) else notes[i][j]
