@@ -42,6 +42,7 @@ def _run(notebook, path: Path):
         notebook,
         timeout=TIMEOUT,
         kernel_name="python3",
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # each kernel warns that its local port is not encrypted
         coalesce_streams=True,  # otherwise the number of stored pieces depends on timing
         resources={"metadata": {"path": str(path.parent)}},
     )
