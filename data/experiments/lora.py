@@ -36,11 +36,11 @@ def vs_full_intent():
 def vs_full_tickets():
     arms = {
         "frozen": ({**TICKETS, "method": "frozen", "steps": 0}, (0,)),
-        "full": ({**TICKETS, "method": "full"}, (3e-4, 1e-3, 3e-3)),
-        "LoRA r=8, q and v": (lora(TICKETS, 8, ["q_proj", "v_proj"]), (2e-3, 6e-3, 2e-2)),
-        "LoRA r=8, all linear": (lora(TICKETS, 8, "all-linear"), (2e-3, 6e-3, 2e-2)),
+        "full": ({**TICKETS, "method": "full"}, (3e-4, 5.6e-4, 1e-3, 1.8e-3, 3e-3)),
+        "LoRA r=8, q and v": (lora(TICKETS, 8, ["q_proj", "v_proj"]), (2e-3, 6e-3, 2e-2, 3.5e-2, 6.3e-2)),
+        "LoRA r=8, all linear": (lora(TICKETS, 8, "all-linear"), (2e-3, 3.5e-3, 6e-3, 1.1e-2, 2e-2)),
     }
-    return {"arms": arms, "slice": {"arm": "frozen", "seed": 0}}
+    return {"arms": arms, "extend": False, "slice": {"arm": "frozen", "seed": 0}}
 
 
 def alpha_lr():
@@ -78,14 +78,14 @@ def targets_intent():
 
 def intrinsic():
     """Random subspaces of the whole encoder, pretrained or freshly drawn. The head has its own rate in every arm."""
-    base, arms = {**INTENT, "steps": 150, "head_lr": 1e-2}, {}
+    base, arms = {**INTENT, "steps": 100, "head_lr": 1e-2}, {}
     for start in ("pretrained", "random"):
         arms[f"{start}, frozen"] = ({**base, "base": start, "method": "frozen"}, (0,))
         for d in (10, 100, 1000, 10000):
             settings = {**base, "base": start, "method": "subspace", "config": {"d": d}}
             arms[f"{start}, d={d}"] = (settings, (5e-4, 1.5e-3, 5e-3))
         arms[f"{start}, full"] = ({**base, "base": start, "method": "full"}, (5e-4, 1.5e-3, 5e-3))
-    return {"arms": arms, "extend": False, "slice": {"arm": "pretrained, d=100", "seed": 0}}
+    return {"arms": arms, "seeds": (0, 1), "extend": False, "slice": {"arm": "pretrained, d=100", "seed": 0}}
 
 
 def spectrum():
