@@ -88,6 +88,18 @@ def intrinsic():
     return {"arms": arms, "seeds": (0, 1), "extend": False, "slice": {"arm": "pretrained, d=100", "seed": 0}}
 
 
+def forgetting():
+    """The same task score at the gentlest rate: for each method the lowest one tried that had 0.99 on validation."""
+    tickets = load("lora_vs_full_tickets")
+
+    def gentlest(label):
+        enough = [r["lr"] for r in tickets["runs"] if r["arm"] == label and r["validation"]["exact_match"] >= 0.99]
+        return tickets["arms"][label]["settings"], (min(enough),)
+
+    arms = {label: gentlest(label) for label in ("full", "LoRA r=8, all linear")}
+    return {"arms": arms, "extend": False, "slice": {"arm": "LoRA r=8, all linear", "seed": 0}}
+
+
 def spectrum():
     """The update of full fine-tuning, matrix by matrix, at the rate that lora_vs_full chose."""
     def chosen(name):
@@ -103,7 +115,7 @@ def spectrum():
 EXPERIMENTS = {
     "lora_vs_full_intent": vs_full_intent, "lora_vs_full_tickets": vs_full_tickets, "lora_alpha_lr": alpha_lr,
     "lora_rank_intent": rank_intent, "lora_intrinsic": intrinsic, "lora_targets_intent": targets_intent,
-    "lora_spectrum": spectrum,
+    "lora_spectrum": spectrum, "lora_forgetting": forgetting,
 }
 
 
