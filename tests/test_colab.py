@@ -6,6 +6,7 @@ installs comes from wheels made here, so the test needs no network.
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import venv
@@ -65,7 +66,7 @@ def session(tmp_path_factory):
                 (linked / top).symlink_to(found.locate_file(top))
     others = "pip typing_extensions sympy mpmath networkx jinja2 markupsafe fsspec filelock"
     for needed in others.split():
-        module = Path(importlib.import_module(needed).__file__)
+        module = Path(importlib.util.find_spec(needed).origin)
         target = module.parent if module.name == "__init__.py" else module
         (linked / target.name).symlink_to(target)
     (site / "linked.pth").write_text(str(linked) + "\n")
@@ -133,7 +134,7 @@ def test_the_cell_installs_what_is_missing_and_keeps_torch_and_numpy(toy, sessio
     code = COLAB + SAY + cell + "\nimport utils, peft, datasets\nprint(utils.__file__, peft.__version__)\n" + SAY
     done = run_in(session, code, wheels, tmp_path, monkeypatch)
     assert done.returncode == 0, done.stderr
-    first, ready, library, last = done.stdout.splitlines()
+    first, _, ready, library, last = done.stdout.splitlines()
     assert first == last and first.startswith(importlib.metadata.version("torch"))
     assert ready.startswith("Ready: what was missing is installed; torch ") and ready.endswith("are as they were.")
     assert str(tmp_path / "content" / "peft-from-scratch" / "utils") in library and library.endswith("0.99.0")

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("collect", help="put a class's submissions back onto the release notebook")
     command.add_argument("chapter")
-    command.add_argument("folder", type=Path, help="one notebook or one folder per student")
+    command.add_argument("folder", help="one notebook or one folder per student")
     command.set_defaults(command=_collect)
 
     command = add("grade", help="grade what was collected, with nbgrader")
@@ -122,7 +122,9 @@ def _test(args) -> int:
 def _collect(args) -> int:
     from utils.course.collect import collect
 
-    return collect(ROOT, args.chapter, args.folder)
+    if not args.folder:
+        raise CourseError("From where? For example FROM=~/Downloads/submissions.")
+    return collect(ROOT, args.chapter, Path(args.folder).expanduser())
 
 
 def _grade(args) -> int:

@@ -25,6 +25,7 @@ def prepare(home: Path) -> None:
     kept = {name: _version(name) for name in KEEP}
     if missing := [name for name, found in kept.items() if found is None]:
         raise RuntimeError(f"This cell is for Colab, which brings {' and '.join(missing)}; here there is none.")
+    print("Installing what is missing; this takes about a minute.", flush=True)
     project = tomllib.loads((home / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pins = [f"{name}=={found}" for name, found in kept.items()]
     with tempfile.TemporaryDirectory() as folder:

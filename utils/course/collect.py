@@ -57,7 +57,7 @@ def exactly_one(root: Path, chapter: str) -> str:
 
 def submissions(folder: Path, chapter: str):
     """Yields (student, path or None, problem or None) for everything in the folder, in order of name."""
-    if not str(folder) or not folder.is_dir():
+    if not folder.is_dir():
         raise CourseError(f"FROM must be a folder with the submissions; {str(folder)!r} is none.")
     entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     if not entries:
