@@ -399,18 +399,27 @@ def test_lucky_attempts_do_not_pass():
         assert all(judge(exercise, wrong, seed)[0] == "wrong" for seed in SEEDS)
 
 
-def test_a_class_whose_backward_is_blank(capsys):
+def blank_backward(right):
+    """A class with its forward pass alone: the right one, or one without the update."""
+
     class LoRAFunction(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, W, bias, A, B, scale, mask):
-            return F.linear(x, W, bias)
+            update = F.linear(F.linear(x if mask is None else x * mask, A.to(x.dtype)), B.to(x.dtype))
+            return F.linear(x, W, bias) + (scale if right else 0) * update
 
         @staticmethod
         def backward(ctx, grad):
             raise NotImplementedError
 
-    assert check(LoRAFunction) is find("LoRAFunction").reference
+    return LoRAFunction
+
+
+def test_a_class_whose_backward_is_blank(capsys):
+    assert check(blank_backward(right=True)) is find("LoRAFunction").reference
     assert "its backward is not written yet" in lines(capsys)
+    check(blank_backward(right=False))
+    assert lines(capsys).startswith("LoRAFunction: In forward: Your output is the frozen path alone.")
 
 
 def test_the_bugs_to_find_run_as_a_readers_cell():

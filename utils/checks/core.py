@@ -15,7 +15,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,12 +30,14 @@ class Case:
     kinds     what is special about it: "leading" (several leading axes), "rectangular", "bf16", ...
     numbers   quantities that a sentence may name: {"r": 8, "alpha": 16}
     mentions  words that the error message must hold, when the reference raises
+    later     judged only when every other case is right, so that a finer point never hides a plain mistake
     """
 
     inputs: dict
     kinds: tuple = ()
     numbers: dict = field(default_factory=dict)
     mentions: tuple = ()
+    later: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Exercise:
     alternatives  differently written right answers
     fact          what a reader learns on success: a string, or a function of the cases
     call          how a case is run: (attempt, *inputs) -> value. A dict of findings is compared key by key.
+    first         as call, for what can be judged of a class whose backward is blank: its output
     grads         inputs whose gradient must be right, the most telling first
     base          (*inputs) -> the part of the output that is not the update; ratios are then taken of the update
     kinds         kind -> the sentence for an attempt that fails for that kind of case only
@@ -95,6 +98,7 @@ class Exercise:
     fact: str | Callable
     remarks: tuple = ()
     call: Callable = lambda attempt, *inputs: attempt(*inputs)
+    first: Callable | None = None
     grads: tuple = ()
     base: Callable | None = None
     kinds: dict = field(default_factory=dict)
@@ -200,8 +204,13 @@ def judge(exercise, attempt, seed=None):
     cases = exercise.cases(rng)
     got = [run(exercise, attempt, case, seed=i) for i, case in enumerate(cases)]
     blank = [part for part in (blank_part(out.error, attempt) for out in got) if part]
+    if blank and (blank[0] != "backward" or exercise.first is None):
+        return "blank", "not written yet."
     if blank:
-        return "blank", "not written yet." if blank[0] != "backward" else "its backward is not written yet."
+        forward = replace(exercise, call=exercise.first)
+        got = [run(forward, attempt, case, seed=i) for i, case in enumerate(cases)]
+        problem = diagnose(forward, attempt, cases, got)
+        return ("wrong", f"In forward: {problem}") if problem else ("blank", "its backward is not written yet.")
     problem = diagnose(exercise, attempt, cases, got)
     if problem:
         return "wrong", problem

@@ -26,6 +26,9 @@ def diagnose(exercise, attempt, cases, got):
     failed = [not agrees(exercise, case, want, out) for case, want, out in trials]
     if not any(failed):
         return about_side_effects(trials) or about_dtype(trials) or about_gradients(exercise, attempt, trials)
+    if any(wrong and not case.later for case, wrong in zip(cases, failed, strict=True)):
+        kept = [i for i, case in enumerate(cases) if not case.later]
+        cases, got, trials, failed = ([some[i] for i in kept] for some in (cases, got, trials, failed))
     bad = [trial for trial, wrong in zip(trials, failed, strict=True) if wrong]
     raised = [trial for trial in bad if trial[2].error is not None and trial[1].error is None]
     for mistake in exercise.mistakes:

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from utils.checks import lora_autograd, lora_freezing, lora_init, lora_merge, lora_targets
+from utils.checks import lora_autograd, lora_backward, lora_freezing, lora_init, lora_merge, lora_targets
 from utils.checks.core import Case, Exercise, Mistake, Remark
 from utils.checks.draw import layers, low_rank, normal, pick
 from utils.measure import peak_new_tensor
@@ -310,5 +310,6 @@ EXERCISES = (
     *lora_merge.EXERCISES,
     *lora_targets.EXERCISES,
     *lora_freezing.EXERCISES,
+    *lora_backward.EXERCISES,
     *lora_autograd.EXERCISES,
 )

@@ -1,4 +1,4 @@
-"""Chapter 02, the backward pass: its formulas, and an autograd Function that keeps nothing but x."""
+"""Chapter 02, an autograd Function that keeps nothing but x."""
 
 import torch
 import torch.nn.functional as F
@@ -9,172 +9,50 @@ from utils.checks.draw import low_rank, normal, pick
 from utils.measure import saved_bytes
 from utils.methods.lora import LoRAFunction, lora_backward
 
-# ------------------------------------------------------------------------------------------------- lora_backward
-
-
-def backward_cases(rng):
-    cases = []
-    for n, d_out, d_in, r, kind in (
-        (6, 16, 16, 4, ""), (pick(rng, 5, 7), 9, 11, 3, ""), (pick(rng, 10, 12), 13, 8, 2, ""), (1, 7, 5, 2, ""),
-        (8, 12, 10, 3, "mask"), (6, 9, 7, 2, "no W"),
-    ):
-        W, A, B = low_rank(rng, d_out, d_in, r)
-        scale = pick(rng, 2.0, 3.0, 0.25)
-        inputs = {"grad": normal(rng, n, d_out), "x": normal(rng, n, d_in), "W": W, "A": A, "B": B, "scale": scale}
-        if kind == "mask":
-            inputs["mask"] = torch.rand(n, d_in, generator=rng) < 0.6
-        if kind == "no W":
-            inputs["W"] = None
-        cases.append(Case(inputs, kinds=(kind,) if kind else (), numbers={"scale": scale, "n": n}))
-    return cases
-
-
-def input_gradient(dx, grad, x, W, A, B, scale, mask):
-    """dx with the mask on the update's part alone. The formula is linear in B, so B = 0 leaves the frozen part."""
-    if W is None:
-        return None
-    total = dx(grad, x, W, A, B, scale)
-    if mask is None:
-        return total
-    frozen = dx(grad, x, W, A, torch.zeros_like(B), scale)
-    return frozen + mask * (total - frozen)
-
-
-def gradients(dx=None, dA=None, dB=None, answer=lambda dx, dA, dB: (dx, dA, dB), into_x=input_gradient):
-    """A lora_backward in which some of the three formulas are others."""
-    dx = dx or (lambda g, x, W, A, B, s: g @ W + s * (g @ B @ A))
-    dA = dA or (lambda g, x, W, A, B, s: s * (g @ B).T @ x)
-    dB = dB or (lambda g, x, W, A, B, s: s * g.T @ (x @ A.T))
-
-    def lora_backward(grad, x, W, A, B, scale, mask=None):
-        kept = (grad, x if mask is None else x * mask, W, A, B, scale)
-        return answer(into_x(dx, *kept, mask), dA(*kept), dB(*kept))
-
-    return lora_backward
-
-
-def mask_ignored(grad, x, W, A, B, scale, mask=None):
-    return gradients()(grad, x, W, A, B, scale)
-
-
-def mask_not_in_dx(dx, *kept_and_mask):
-    return input_gradient(dx, *kept_and_mask[:-1], None)
-
-
-def mask_on_all_of_dx(dx, grad, x, W, A, B, scale, mask):
-    total = input_gradient(dx, grad, x, W, A, B, scale, None)
-    return total if mask is None or W is None else mask * total
-
-
-def w_always_there(dx, grad, x, W, A, B, scale, mask):
-    update = scale * (grad @ B @ A)
-    return grad @ W + (update if mask is None else mask * update)
-
-
-def by_autograd(grad, x, W, A, B, scale, mask=None):
-    x, A, B = (t.detach().clone().requires_grad_() for t in (x, A, B))
-    kept = x if mask is None else x * mask
-    y = (0 if W is None else x @ W.T) + scale * (kept @ A.T @ B.T)
-    dx, dA, dB = torch.autograd.grad(y, (x, A, B), grad)
-    return None if W is None else dx, dA, dB
-
-
-def by_einsum(grad, x, W, A, B, scale, mask=None):
-    mask = torch.ones_like(x) if mask is None else mask.to(x.dtype)
-    dA = torch.einsum("no,or,ni,ni->ri", grad, B, x, mask) * scale
-    dB = torch.einsum("no,ni,ni,ri->or", grad, x, mask, A) * scale
-    if W is None:
-        return None, dA, dB
-    return torch.einsum("no,oi->ni", grad, W) + mask * torch.einsum("no,oi->ni", grad, scale * B @ A), dA, dB
-
-
-LORA_BACKWARD = Exercise(
-    name="lora_backward",
-    reference=lora_backward,
-    cases=backward_cases,
-    mistakes=(
-        Mistake("no_frozen_path", gradients(dx=lambda g, x, W, A, B, s: s * (g @ B @ A)),
-                "dx lacks the frozen path. W is frozen, but the gradient still flows through it to x: add grad W."),
-        Mistake("only_frozen_path", gradients(dx=lambda g, x, W, A, B, s: g @ W),
-                "dx lacks the path through B and A: add scale * grad B A."),
-        Mistake("dx_unscaled", gradients(dx=lambda g, x, W, A, B, s: g @ W + g @ B @ A),
-                "In dx the path through B and A is not multiplied by scale ({scale} here)."),
-        Mistake("dx_all_scaled", gradients(dx=lambda g, x, W, A, B, s: s * (g @ W + g @ B @ A)),
-                "In dx the frozen path is multiplied by scale as well. It belongs to the update alone."),
-        Mistake("dA_unscaled", gradients(dA=lambda g, x, W, A, B, s: (g @ B).T @ x),
-                "dA lacks the factor scale ({scale} here): y holds scale * B A x."),
-        Mistake("dB_unscaled", gradients(dB=lambda g, x, W, A, B, s: g.T @ (x @ A.T)),
-                "dB lacks the factor scale ({scale} here): y holds scale * B A x."),
-        Mistake("unscaled", gradients(lambda g, x, W, A, B, s: g @ W + g @ B @ A,
-                                      lambda g, x, W, A, B, s: (g @ B).T @ x,
-                                      lambda g, x, W, A, B, s: g.T @ (x @ A.T)),
-                "scale ({scale} here) appears in none of the three: y holds scale * B A x, so each has it once."),
-        Mistake("AB_unscaled", gradients(None, lambda g, x, W, A, B, s: (g @ B).T @ x,
-                                         lambda g, x, W, A, B, s: g.T @ (x @ A.T)),
-                "dA and dB lack the factor scale ({scale} here)."),
-        Mistake("scaled_twice", gradients(None, lambda g, x, W, A, B, s: s * s * (g @ B).T @ x,
-                                          lambda g, x, W, A, B, s: s * s * g.T @ (x @ A.T)),
-                "dA and dB hold scale twice ({scale} here). Each gradient has it once."),
-        Mistake("swapped", gradients(answer=lambda dx, dA, dB: (dx, dB, dA)),
-                "dA and dB are swapped. The order is dx, dA, dB."),
-        Mistake("transposed", gradients(answer=lambda dx, dA, dB: (dx, dA.T, dB.T)),
-                "dA and dB are transposed. A gradient has the shape of its parameter: (r, d_in) and (d_out, r)."),
-        Mistake("dB_from_x", gradients(dB=lambda g, x, W, A, B, s: s * g.T @ x),
-                "dB is grad^T x, the gradient of a full (d_out, d_in) weight. B sees A x, not x: use x A^T."),
-        Mistake("mean", gradients(None, lambda g, x, W, A, B, s: s * (g @ B).T @ x / len(x),
-                                  lambda g, x, W, A, B, s: s * g.T @ (x @ A.T) / len(x)),
-                "dA and dB are averaged over the tokens: 1/{n} of the expected ones, and n is {n}. grad is the "
-                "gradient of the loss already; sum."),
-        Mistake("dA_without_B", gradients(dA=lambda g, x, W, A, B, s: s * (x @ A.T).T @ x), None,
-                "The second returned value"),
-        Mistake("dx_missing", gradients(answer=lambda dx, dA, dB: (dA, dB)), None, "a tuple of 2, and a tuple of 3"),
-        Mistake("mask_ignored", mask_ignored,
-                "Right without dropout. With a mask, A saw mask * x: use it for dA and dB, and in dx's second term."),
-        Mistake("mask_not_in_dx", gradients(into_x=mask_not_in_dx),
-                "dA and dB are right with a mask, dx is not: its second term came through mask * x, so the mask "
-                "multiplies it."),
-        Mistake("mask_on_all_of_dx", gradients(into_x=mask_on_all_of_dx),
-                "With a mask, dx is masked as a whole. The frozen path saw x itself: mask the second term only."),
-        Mistake("W_always_there", gradients(into_x=w_always_there), None, "TypeError"),
-        Mistake("dx_negative", gradients(dx=lambda g, x, W, A, B, s: -(g @ W + s * (g @ B @ A))), None, "wrong sign"),
-    ),
-    alternatives=(by_autograd, by_einsum, gradients()),
-    fact="Everything was made from x, grad and the parameters: nothing else has to be kept from the forward pass.",
-)
-
-# ------------------------------------------------------------------------------------------------- LoRAFunction
-
 
 def function_cases(rng):
     cases = []
-    for leading, d_out, d_in, r, has_bias, kinds in (
-        ((6,), 12, 12, 4, False, ()), ((pick(rng, 5, 7),), 9, 11, 3, True, ("bias",)),
-        ((pick(rng, 5, 7),), 8, 14, 2, False, ("mask",)), ((2, 3), 7, 10, 2, True, ("leading", "mask", "bias")),
-        ((2, 4), 10, 10, 3, False, ("leading",)),
+    for leading, d_out, d_in, r, kinds in (
+        ((6,), 12, 12, 4, ()), ((pick(rng, 5, 7),), 9, 11, 3, ("bias",)), ((pick(rng, 5, 7),), 8, 14, 2, ("mask",)),
+        ((2, 3), 7, 10, 2, ("leading", "mask", "bias")), ((2, 4), 10, 10, 3, ("leading",)),
+        ((5,), 9, 6, 2, ("W trained",)), ((4,), 8, 11, 3, ("mixed",)),
     ):
         W, A, B = low_rank(rng, d_out, d_in, r)
         mask = torch.rand(*leading, d_in, generator=rng) < 0.6 if "mask" in kinds else None
-        bias = normal(rng, d_out) if has_bias else None
+        bias = normal(rng, d_out) if "bias" in kinds else None
         x, grad, scale = normal(rng, *leading, d_in), normal(rng, *leading, d_out), pick(rng, 2.0, 3.0, 0.25)
+        if "mixed" in kinds:
+            x, W, grad = x.bfloat16(), W.bfloat16(), grad.bfloat16()
+        W.requires_grad_("W trained" in kinds)
         inputs = {"x": x, "W": W, "bias": bias, "A": A, "B": B, "scale": scale, "mask": mask, "grad": grad}
-        cases.append(Case(inputs, kinds, {"scale": scale}))
+        cases.append(Case(inputs, kinds, {"scale": scale}, later="W trained" in kinds or "mixed" in kinds))
     return cases
 
 
 def function_findings(attempt, x, W, bias, A, B, scale, mask, grad):
-    """Output and gradients, and whether backward forms one for W, which is frozen here."""
-    wanted = {"x": x, "A": A, "B": B} | ({} if bias is None else {"bias": bias})
+    """Output and gradients; where W is frozen, whether backward forms one for it all the same."""
+    wanted = {"x": x, "A": A, "B": B} | ({} if bias is None else {"bias": bias}) | ({"W": W} if W.requires_grad else {})
     for tensor in wanted.values():
         tensor.requires_grad_(True)
     y = attempt.apply(x, W, bias, A, B, scale, mask)
     if not isinstance(y, torch.Tensor) or y.shape != grad.shape or not y.requires_grad:
         return {"output": y.detach() if isinstance(y, torch.Tensor) else y}
+    found = {"output": y.detach(), "dtype of the output": str(y.dtype)}
+    if y.dtype != x.dtype:
+        return found
     y.backward(grad, retain_graph=True)
-    found = {"output": y.detach()} | {f"gradient of {name}": tensor.grad for name, tensor in wanted.items()}
+    for name, tensor in wanted.items():  # in x's dtype, the coarsest, for the tolerance
+        found[f"gradient of {name}"] = None if tensor.grad is None else tensor.grad.to(x.dtype)
     # autograd drops a gradient that nobody wants, so ask backward itself; grad_fn is its ctx
     is_node = isinstance(y.grad_fn, torch.autograd.function.BackwardCFunction)
-    of_W = attempt.backward(y.grad_fn, grad)[1] if is_node else None
-    return found | {"gradient of W": of_W is not None}
+    of_W = attempt.backward(y.grad_fn, grad)[1] if is_node and not W.requires_grad else None
+    return found | {"unwanted gradient of W": of_W is not None}
+
+
+def output_alone(attempt, *inputs):
+    """What forward returns, for an attempt whose backward is not written yet."""
+    y = attempt.apply(*inputs[:-1])
+    return y.detach() if isinstance(y, torch.Tensor) else y
 
 
 def keeps_more(attempt):
@@ -223,6 +101,12 @@ class BiasForgotten(LoRAFunction):
         return LoRAFunction.forward(ctx, x, W, None, A, B, scale, mask)
 
 
+class BaseAlone(LoRAFunction):
+    @staticmethod
+    def forward(ctx, x, W, bias, A, B, scale, mask):
+        return LoRAFunction.forward(ctx, x, W, bias, A, B, 0.0, mask)
+
+
 class ScaleForgotten(LoRAFunction):
     @staticmethod
     def forward(ctx, x, W, bias, A, B, scale, mask):
@@ -255,8 +139,26 @@ def always_bias(found, ctx, grad):
     found[2] = grad.flatten(0, -2).sum(0)
 
 
+def never_for_W(found, ctx, grad):
+    found[1] = None
+
+
+def W_transposed(found, ctx, grad):
+    found[1] = None if found[1] is None else found[1].T
+
+
 def unscaled(found, ctx, grad):
     found[3], found[4] = found[3] / ctx.scale, found[4] / ctx.scale
+
+
+def unscaled_x(found, ctx, grad):
+    frozen = grad @ ctx.saved_tensors[1]
+    found[0] = frozen + (found[0] - frozen) / ctx.scale
+
+
+def all_unscaled(found, ctx, grad):
+    unscaled(found, ctx, grad)
+    unscaled_x(found, ctx, grad)
 
 
 def swapped(found, ctx, grad):
@@ -265,6 +167,31 @@ def swapped(found, ctx, grad):
 
 def too_few(found, ctx, grad):
     del found[5:]
+
+
+class CastInForwardOnly(LoRAFunction):
+    @staticmethod
+    def backward(ctx, grad):
+        x, W, A, B, mask = ctx.saved_tensors
+        g, rows, mask = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (grad, x, mask))
+        dx, dA, dB = lora_backward(g, rows, W, A, B, ctx.scale, mask)
+        dW = g.T @ rows if ctx.needs_input_grad[1] else None
+        return dx.view_as(x), dW, g.sum(0) if ctx.needs_input_grad[2] else None, dA, dB, None, None
+
+
+class CastNowhere(CastInForwardOnly):
+    @staticmethod
+    def forward(ctx, x, W, bias, A, B, scale, mask):
+        ctx.save_for_backward(x, W, A, B, mask)
+        ctx.scale = scale
+        kept = x if mask is None else x * mask
+        return F.linear(x, W, bias) + scale * F.linear(F.linear(kept, A), B)
+
+
+class InFloat32(LoRAFunction):
+    @staticmethod
+    def forward(ctx, x, W, bias, A, B, scale, mask):
+        return LoRAFunction.forward(ctx, x, W, bias, A, B, scale, mask).float()
 
 
 class ChangesX(LoRAFunction):
@@ -281,21 +208,23 @@ class Keeps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, bias, A, B, scale, mask):
+        A, B = A.to(x.dtype), B.to(x.dtype)
         kept = x if mask is None else x * mask
         narrow = kept @ A.T
-        ctx.save_for_backward(kept, narrow, W, A, B, mask)
+        ctx.save_for_backward(x, kept, narrow, W, A, B, mask)
         ctx.scale = scale
         return F.linear(x, W, bias) + scale * (narrow @ B.T)
 
     @staticmethod
     def backward(ctx, grad):
-        kept, narrow, W, A, B, mask = ctx.saved_tensors
+        x, kept, narrow, W, A, B, mask = ctx.saved_tensors
         g, grad_B = grad.flatten(0, -2), grad @ B
         dx = grad_B @ A * ctx.scale
         dx = grad @ W + (dx if mask is None else dx * mask)
         dA = ctx.scale * grad_B.flatten(0, -2).T @ kept.flatten(0, -2)
+        dW = g.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         dbias = g.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, dA, ctx.scale * g.T @ narrow.flatten(0, -2), None, None
+        return dx, dW, dbias, dA, ctx.scale * g.T @ narrow.flatten(0, -2), None, None
 
 
 class KeepsOnCtx(LoRAFunction):
@@ -313,19 +242,22 @@ class WithEinsum(torch.autograd.Function):
         ctx.save_for_backward(x, W, A, B, mask)
         ctx.scale = scale
         kept = x if mask is None else torch.where(mask, x, 0)
-        y = torch.einsum("...i,oi->...o", x, W) + scale * torch.einsum("...i,ri,or->...o", kept, A, B)
+        update = torch.einsum("...i,ri,or->...o", kept, A.to(x.dtype), B.to(x.dtype))
+        y = torch.einsum("...i,oi->...o", x, W) + scale * update
         return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx, grad):
         x, W, A, B, mask = ctx.saved_tensors
+        A, B = A.to(x.dtype), B.to(x.dtype)
         kept = x if mask is None else torch.where(mask, x, 0)
         low = ctx.scale * torch.einsum("...o,or->...r", grad, B)
         dx = torch.einsum("...r,ri->...i", low, A)
         dx = grad @ W + (dx if mask is None else torch.where(mask, dx, 0))
+        dW = torch.einsum("...o,...i->oi", grad, x) if ctx.needs_input_grad[1] else None
         dA = torch.einsum("...r,...i->ri", low, kept)
         dB = ctx.scale * torch.einsum("...o,...i,ri->or", grad, kept, A)
-        return dx, None, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None, dA, dB, None, None
+        return dx, dW, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None, dA, dB, None, None
 
 
 class InNewStyle(torch.autograd.Function):
@@ -334,7 +266,7 @@ class InNewStyle(torch.autograd.Function):
     @staticmethod
     def forward(x, W, bias, A, B, scale, mask):
         kept = x if mask is None else x * mask
-        return F.linear(x, W, bias) + scale * F.linear(F.linear(kept, A), B)
+        return F.linear(x, W, bias) + scale * F.linear(F.linear(kept, A.to(x.dtype)), B.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -352,6 +284,7 @@ LORA_FUNCTION = Exercise(
     reference=LoRAFunction,
     cases=function_cases,
     call=function_findings,
+    first=output_alone,
     mistakes=(
         Mistake("mask_forgotten", ForgetsMask,
                 "The forward pass is right and backward forgets the mask. Where x was masked, the update saw zeros: "
@@ -361,9 +294,22 @@ LORA_FUNCTION = Exercise(
         Mistake("mask_ignored", MaskIgnored,
                 "The mask has no effect. The LoRA branch should see x * mask."),
         Mistake("bias_forgotten", BiasForgotten, "bias is not added. It may be None; when it is not, it belongs to y."),
+        Mistake("base_alone", BaseAlone, "Your output is the frozen path alone. Add scale * B A x."),
         Mistake("scale_forgotten", ScaleForgotten, "scale ({scale} here) is not used: y is x W^T + scale * B A x."),
         Mistake("gradients_unscaled", altered(unscaled),
                 "The output is right; dA and dB lack the factor scale ({scale} here)."),
+        Mistake("x_gradient_unscaled", altered(unscaled_x),
+                "The output is right; the update's part of dx lacks the factor scale ({scale} here)."),
+        Mistake("all_unscaled", altered(all_unscaled),
+                "The output is right; backward forgets the factor scale ({scale} here): dA, dB and the update's part "
+                "of dx each have it once. Keep it with ctx.scale = scale."),
+        Mistake("never_for_W", altered(never_for_W),
+                "W was trained here and got no gradient: ctx.needs_input_grad[1] tells when."),
+        Mistake("W_transposed", altered(W_transposed), None, "each in the shape of its own"),
+        Mistake("cast_in_forward_only", CastInForwardOnly, None, "cast A and B to x's dtype there too"),
+        Mistake("cast_nowhere", CastNowhere, None, "Works in one dtype."),
+        Mistake("in_float32", InFloat32,
+                "Right in float32. With x in bfloat16 and A, B in float32, your output is float32: return x's dtype."),
         Mistake("gradient_for_W", altered(for_W), None, "backward forms a gradient for W"),
         Mistake("no_bias_gradient", altered(no_bias), None, "its gradient is grad summed over the tokens"),
         Mistake("always_bias_gradient", altered(always_bias), None, "When bias is None its gradient is None"),
@@ -380,7 +326,7 @@ LORA_FUNCTION = Exercise(
                attempts=(Keeps, KeepsOnCtx)),
     ),
     explain={
-        "gradient of W": "backward forms a gradient for W, which is frozen: a product as large as W, thrown away. "
+        "unwanted gradient of W": "backward forms a gradient for W, which is frozen: a product as large as W, thrown away. "
         "Return None in its place, or ask ctx.needs_input_grad[1] first.",
         "incorrect number of gradients": "One value for each argument of forward, seven here: None where nothing is "
         "trained.",
@@ -388,13 +334,17 @@ LORA_FUNCTION = Exercise(
         "invalid gradient": "The gradients come in the order of forward's arguments, each in the shape of its own.",
     },
     kinds={
+        "mixed": "Works in one dtype. With x in bfloat16 and A, B in float32, cast A and B to x's dtype in forward; the "
+        "backward pass meets both again: cast A and B to x's dtype there too.",
+        "W trained": "Right while W is frozen. Here it is trained: where ctx.needs_input_grad[1] says so, its gradient "
+        "is that of any linear layer, (d_out, d_in).",
         "mask": "Right without a mask and wrong with one. The mask is on the input of the LoRA branch alone, in both "
         "passes.",
         "bias": "Right without a bias and wrong with one. bias is added to y; its gradient is grad summed over the "
         "tokens.",
     },
-    fact="Beyond x, the parameters and the mask, one byte per entry, it keeps nothing. nn.Dropout under autograd keeps "
-    "a mask, the masked copy of x, and x A^T.",
+    fact="Beyond x, the parameters and the mask, one byte per entry, it keeps nothing. The plain formula with dropout "
+    "keeps a mask, the masked copy of x, and x A^T.",
 )
 
-EXERCISES = (LORA_BACKWARD, LORA_FUNCTION)
+EXERCISES = (LORA_FUNCTION,)
