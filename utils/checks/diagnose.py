@@ -73,8 +73,9 @@ def about_dtype(trials):
         for mine, ours in zip(tensors(out.value), tensors(want.value), strict=True):
             if mine.dtype == ours.dtype:
                 continue
-            names = [k for k, v in case.inputs.items() if isinstance(v, torch.Tensor) and v.dtype == ours.dtype]
-            reason = f"{names[0]} is {short(ours.dtype)}" if names else f"{short(ours.dtype)} is expected"
+            alike = [(k, v) for k, v in case.inputs.items() if any(t.dtype == ours.dtype for t in tensors(v))]
+            holds = "is" if alike and isinstance(alike[0][1], torch.Tensor) else "holds"
+            reason = f"{alike[0][0]} {holds} {short(ours.dtype)}" if alike else f"{short(ours.dtype)} is expected"
             return f"Right values, wrong dtype: {reason}, you returned {short(mine.dtype)}."
     return None
 

@@ -38,7 +38,8 @@ class Toy(nn.Module):
 def freeze_cases(rng):
     d = pick(rng, 4, 6)
     drawn = [((), ()), (("head",), ()), (("blocks.0.norm", "head.bias"), ("head", "blocks")), (("norm",), ()),
-             (("blocks.0",), ("embed", "blocks.0"))]
+             (("blocks.0",), ("embed", "blocks.0")),
+             (("head", "blocks.0.norm", "blocks.0"), ())]  # not the model's order, and one entry inside another
     return [Case({"model": Toy(d, frozen=frozen), "keep": keep}) for keep, frozen in drawn]
 
 
@@ -96,6 +97,31 @@ def never_unfreeze(model, keep=()):
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def freeze_the_others(model, keep=()):
+    trained = []
+    for name, parameter in model.named_parameters():
+        if below(name, keep):
+            trained.append(name)
+        else:
+            parameter.requires_grad = False
+    return trained
+
+
+def keep_outside(model, keep=()):
+    model.requires_grad_(False)
+    trained = []
+    for k in keep:
+        for name, parameter in model.named_parameters():
+            if below(name, (k,)):
+                parameter.requires_grad = True
+                trained.append(name)
+    return trained
+
+
+def keep_outside_once(model, keep=()):
+    return list(dict.fromkeys(keep_outside(model, keep)))
+
+
 def freeze_then_open(model, keep=()):
     model.requires_grad_(False)
     found = [(name, parameter) for name, parameter in model.named_parameters() if below(name, keep)]
@@ -103,6 +129,11 @@ def freeze_then_open(model, keep=()):
         parameter.requires_grad_(True)
     return [name for name, _ in found]
 
+
+NEVER_UNFREEZE = (
+    "Names in keep that were frozen before must be set to True: what keep names trains after the call, whatever it did "
+    "before."
+)
 
 FREEZE = Exercise(
     name="freeze",
@@ -129,7 +160,14 @@ FREEZE = Exercise(
         Mistake("upside_down", freezing(lambda n, keep: not below(n, keep)),
                 "Upside down: what keep names is frozen, and the rest trains."),
         Mistake("never_unfreeze", never_unfreeze,
-                "What keep names must train afterwards even if it was frozen before. Set requires_grad both ways."),
+                NEVER_UNFREEZE),
+        Mistake("freeze_the_others", freeze_the_others, NEVER_UNFREEZE),
+        Mistake("keep_outside", keep_outside,
+                "The right parameters train, and the names that you return come in keep's order, some twice. Go "
+                "through the parameters outside and keep inside: then they come in the model's order, each once."),
+        Mistake("keep_outside_once", keep_outside_once,
+                "The right parameters train, and the names that you return come in keep's order. Go through the "
+                "parameters outside and keep inside: then they come in the model's order."),
         Mistake("module_attribute", freeze_modules, None, "yours still trains"),
         Mistake("returns_none", freezing(below, names=lambda found: None), None, "it returned None"),
         Mistake("returns_count", freezing(below, names=len), None, "return the names of the parameters"),
@@ -137,7 +175,7 @@ FREEZE = Exercise(
     alternatives=(freezing(below), freeze_then_open,
                   freezing(lambda n, keep: f"{n}.".startswith(tuple(f"{k}." for k in keep)))),
     explain={
-        "still trained": "The wrong parameters train. After it yours still trains {yours}, and it should be "
+        "still trained": "The wrong parameters train. After the call yours still trains {yours}, and it should be "
         "{expected}. requires_grad belongs to parameters: set it on those of model.named_parameters().",
         "returned": "The right parameters are frozen, and it returned {yours}: return the names of the parameters "
         "that are still trained, in the model's order.",
@@ -184,6 +222,22 @@ def counting(
     return count_parameters
 
 
+def count_with_children(model):
+    parameters = [p for module in model.modules() for p in module.parameters()]
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def count_with_seen_list(model):
+    seen, trainable = [], 0
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter in seen:
+                continue
+            seen.append(parameter)
+            trainable += parameter.numel() * parameter.requires_grad
+    return trainable, sum(p.numel() for p in seen)
+
+
 def with_buffers(model):
     trainable, total = count_parameters(model)
     return trainable, total + sum(b.numel() for b in model.buffers())
@@ -216,6 +270,9 @@ COUNT_PARAMETERS = Exercise(
         Mistake("by_module", count_by_module,
                 "The bug is still there: for a model with tied embeddings yours gives {yours}, and it should be "
                 "{expected}. Which tensor is met twice?"),
+        Mistake("with_children", count_with_children,
+                "parameters() of a module includes its children's, so each tensor is counted once per ancestor."),
+        Mistake("seen_list", count_with_seen_list, None, "keep ids or a set"),
         Mistake("only_frozen", counting(total=lambda p: not p.requires_grad),
                 "Your total leaves out what is trained. Total means all parameters."),
         Mistake("only_trained", counting(total=lambda p: p.requires_grad),
@@ -233,12 +290,14 @@ COUNT_PARAMETERS = Exercise(
         Mistake("with_buffers", with_buffers,
                 "Your total includes buffers, such as BatchNorm's running mean. They are no parameters."),
         Mistake("state_dict", from_state_dict,
-                "state_dict() holds detached copies and buffers: none of them has requires_grad, and tied weights come "
-                "twice. Go through model.parameters()."),
+                "state_dict() holds detached tensors and buffers: none of them has requires_grad, and tied weights "
+                "come twice. Go through model.parameters()."),
         Mistake("one_number", counting(answer=lambda trained, total: trained), None, "a tuple of 2 is expected"),
         Mistake("none", counting(answer=lambda trained, total: None), None, "returned None"),
     ),
     alternatives=(count_by_id, count_by_name, counting()),
+    explain=dict.fromkeys(("must match the size", "Boolean value of Tensor"), "`in` on a list compares values; keep ids "
+                          "or a set."),
     fact="parameters() gives each tensor once, even if two modules hold it; state_dict() gives it twice.",
 )
 

@@ -14,14 +14,14 @@ from utils.methods import lora
 
 def merge_cases(rng):
     drawn = [(layer, torch.float32, torch.float32) for layer in layers(rng)]
-    drawn += [((40, 56, 4, 12, ("rectangular", "bf16")), torch.bfloat16, torch.float32),
-              ((48, 48, 6, 9, ("bf16",)), torch.bfloat16, torch.bfloat16)]
+    drawn += [((40, 56, 4, 12, ("rectangular", "bf16", "float32 factors")), torch.bfloat16, torch.float32),
+              ((48, 48, 6, 9, ("bf16", "bf16 factors")), torch.bfloat16, torch.bfloat16)]
     cases = []
     for (d_out, d_in, r, alpha, kinds), dtype, factor_dtype in drawn:
         W, A, B = low_rank(rng, d_out, d_in, r)
         numbers = {"r": r, "alpha": alpha, "layer": f"({d_out}, {d_in})"}
         inputs = {"W": W.to(dtype), "A": A.to(factor_dtype), "B": B.to(factor_dtype), "alpha": alpha}
-        cases.append(Case(inputs, kinds, numbers))
+        cases.append(Case(inputs, kinds, numbers, later="bf16" in kinds))
     return cases
 
 
@@ -44,9 +44,15 @@ def merge_in_place(W, A, B, alpha):
     return W
 
 
+IN_BFLOAT16 = (
+    "Right in float32; here W is bfloat16{factors}. Take product and sum in float32 and round once, at the end, to W's "
+    "dtype: bfloat16 keeps 8 bits, and small updates are the first to go."
+)
+W_ALONE = IN_BFLOAT16.format(factors=", A and B float32")
+ALL_THREE = IN_BFLOAT16.format(factors=", and so are A and B")
 ROUNDED_TWICE = (
-    "Right in float32; with a bfloat16 W the update was rounded before it was added. Take product and sum in "
-    "float32 and round once, at the end: bfloat16 keeps 8 bits, and small updates are the first to go."
+    "Right in float32; here W is bfloat16. You rounded the update and then the sum: round once, at the end. bfloat16 "
+    "keeps 8 bits, and small updates are the first to go."
 )
 
 LORA_MERGE = Exercise(
@@ -74,8 +80,16 @@ LORA_MERGE = Exercise(
         Mistake("product_rounded", lambda W, A, B, alpha: W + (alpha / len(A) * (B @ A)).to(W.dtype), ROUNDED_TWICE),
         Mistake("factors_rounded",
                 lambda W, A, B, alpha: W + alpha / A.shape[0] * (B.to(W.dtype) @ A.to(W.dtype)), ROUNDED_TWICE),
+        Mistake("update_rounded",
+                lambda W, A, B, alpha: W + (alpha / len(A) * (B.float() @ A.float())).to(W.dtype), ROUNDED_TWICE),
         Mistake("cast_too_late",
-                lambda W, A, B, alpha: (W.float() + alpha / len(A) * (B @ A).float()).to(W.dtype), ROUNDED_TWICE),
+                lambda W, A, B, alpha: (W.float() + alpha / len(A) * (B @ A).float()).to(W.dtype), None, ALL_THREE),
+        Mistake("scaled_then_cast",
+                lambda W, A, B, alpha: (W.float() + (alpha / len(A) * B @ A).float()).to(W.dtype), None, ALL_THREE),
+        Mistake("cast_nowhere", lambda W, A, B, alpha: W + alpha / len(A) * B @ A, None, ALL_THREE),
+        Mistake("delta", lambda W, A, B, alpha: W + lora.lora_delta(A, B, alpha), None, ALL_THREE),
+        Mistake("dtypes_mixed", lambda W, A, B, alpha: torch.addmm(W, B, A, alpha=alpha / len(A)), None,
+                "Right in float32; here W is bfloat16"),
         Mistake("in_place", merge_in_place, None, "Your function changed W (max difference "),
         Mistake("in_float32", lambda W, A, B, alpha: W.float() + alpha / A.shape[0] * (B.float() @ A.float()), None,
                 "Right values, wrong dtype: W is bfloat16, you returned float32."),
@@ -85,6 +99,7 @@ LORA_MERGE = Exercise(
         lambda W, A, B, alpha: torch.addmm(W.float(), B.float(), A.float(), alpha=alpha / len(A)).to(W.dtype),
         lambda W, A, B, alpha: (W.double() + alpha / len(A) * (B.double() @ A.double())).to(W.dtype),
     ),
+    kinds={"bf16": IN_BFLOAT16.format(factors=""), "float32 factors": W_ALONE, "bf16 factors": ALL_THREE},
     fact="An update smaller than 1/512 of its weight vanishes when it is merged into bfloat16, which keeps 8 bits.",
 )
 
@@ -98,10 +113,12 @@ def fuse_cases(rng):
         (pick(rng, 10, 12), (12, 5, 5), (3, 3, 3), ("uneven",)),
         (9, (pick(rng, 6, 8), 4), (2, 2), ("uneven",)),
         (13, (7, 7), (2, 5), ("ranks",)),
+        (10, (6, 8), (3, 3), ("bf16",)),
     ):
-        parts = [low_rank(rng, d_out, d_in, r) for d_out, r in zip(d_outs, ranks, strict=True)]
+        dtype = torch.bfloat16 if "bf16" in kinds else torch.float32
+        parts = [low_rank(rng, d_out, d_in, r, dtype) for d_out, r in zip(d_outs, ranks, strict=True)]
         inputs = {"As": [A for _, A, _ in parts], "Bs": [B for _, _, B in parts]}
-        cases.append(Case(inputs, kinds, {"k": len(parts), "rows": sum(d_outs)}))
+        cases.append(Case(inputs, kinds, {"k": len(parts), "rows": sum(d_outs)}, later="bf16" in kinds))
     return cases
 
 
@@ -119,13 +136,17 @@ def block_diagonal(As, Bs, order=None, fill=0.0):
     """The right answer, written with slices; order: in which order the ranks of the parts are stacked."""
     order = list(order if order is not None else range(len(As)))
     starts = [sum(b.shape[0] for b in Bs[:i]) for i in range(len(Bs))]
-    B = torch.full((sum(b.shape[0] for b in Bs), sum(b.shape[1] for b in Bs)), fill)
+    B = torch.full((sum(b.shape[0] for b in Bs), sum(b.shape[1] for b in Bs)), fill, dtype=Bs[0].dtype)
     column = 0
     for i in order:
         d_out, r = Bs[i].shape
         B[starts[i] : starts[i] + d_out, column : column + r] = Bs[i]
         column += r
     return torch.cat([As[i] for i in order]), B
+
+
+def always_float32(As, Bs):
+    return torch.cat(As), block_diagonal(As, [b.float() for b in Bs])[1]
 
 
 def equal_parts(As, Bs):
@@ -135,6 +156,8 @@ def equal_parts(As, Bs):
         B[i * d_out : (i + 1) * d_out, i * r : (i + 1) * r] = b
     return torch.cat(As), B
 
+
+STACK = "stack makes a new axis; torch.cat puts the rows below one another."
 
 FUSE_LORAS = Exercise(
     name="fuse_loras",
@@ -163,6 +186,10 @@ FUSE_LORAS = Exercise(
                 "A is transposed: stack the A's on top of each other, (sum of the ranks, d_in)."),
         Mistake("not_zero", lambda As, Bs: block_diagonal(As, Bs, fill=1.0),
                 "The blocks beside the diagonal are not zero: the rows of one part read the A of another."),
+        Mistake("swapped", lambda As, Bs: (torch.block_diag(*Bs), torch.cat(As)),
+                "The two are swapped: A comes first, then B."),
+        Mistake("stacked", lambda As, Bs: (torch.stack(As), torch.block_diag(*Bs)), None, STACK),
+        Mistake("float32_B", always_float32, None, "wrong dtype: As holds bfloat16, you returned float32"),
         Mistake("equal_parts", equal_parts, None, "Take each part's own"),
         Mistake("A_only", lambda As, Bs: torch.cat(As), None, "a tuple of 2 is expected"),
         Mistake("both_diagonal", lambda As, Bs: (torch.block_diag(*As), torch.block_diag(*Bs)), None, "Wrong shape"),
@@ -177,7 +204,8 @@ FUSE_LORAS = Exercise(
         "grouped-query attention. Take each part's own number of rows.",
         "ranks": "Works when all parts have the same rank and fails when ranks differ. Take each part's own.",
     },
-    fact="The fused LoRA has k times the rank, so it needs k times the alpha to keep alpha / r.",
+    explain={"stack expects each tensor": STACK},
+    fact="If all k ranks are equal, the fused LoRA needs k times the alpha to keep alpha / r.",
 )
 
 EXERCISES = (LORA_MERGE, FUSE_LORAS)
