@@ -83,8 +83,8 @@ def intrinsic():
         arms[f"{start}, frozen"] = ({**base, "base": start, "method": "frozen"}, (0,))
         for d in (10, 100, 1000, 10000):
             settings = {**base, "base": start, "method": "subspace", "config": {"d": d}}
-            arms[f"{start}, d={d}"] = (settings, (5e-4, 1.5e-3, 5e-3))
-        arms[f"{start}, full"] = ({**base, "base": start, "method": "full"}, (5e-4, 1.5e-3, 5e-3))
+            arms[f"{start}, d={d}"] = (settings, (5e-4, 1.5e-3, 5e-3, 1.5e-2))
+        arms[f"{start}, full"] = ({**base, "base": start, "method": "full"}, (5e-4, 1.5e-3, 5e-3, 1.5e-2))
     return {"arms": arms, "seeds": (0, 1), "extend": False, "slice": {"arm": "pretrained, d=100", "seed": 0}}
 
 
