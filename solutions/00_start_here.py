@@ -11,16 +11,16 @@
 # %% [markdown]
 # ## Your machine
 #
-# This cell looks at the machine that runs this notebook, and says how a model should be trained on it, and why.
+# This cell looks at the machine that runs this notebook, and says how an adapter for a model of 1.5 billion numbers would
+# be trained on it, and why. Do not mind the words that you do not know yet.
 
 # %% tags=["nbval-ignore-output"]
 import math
 import platform
 
-import matplotlib.pyplot as plt
 import torch
 
-from utils import load_base, load_task, load_tokenizer, plots
+from utils import load_base, load_task, load_tokenizer
 from utils.checks import check
 from utils.hardware import KNOWN, settings
 
@@ -37,7 +37,7 @@ print(settings("T4"))
 # %% [markdown]
 # ## Three profiles
 #
-# The second cell of every notebook sets `profile`. It decides which models and data sets are used; the text and the
+# A cell near the top of every notebook sets `profile`. It decides which models and data sets are used; the text and the
 # exercises stay the same.
 #
 # | profile | models | needs | for |
@@ -51,10 +51,12 @@ print(settings("T4"))
 # and at which size.
 
 # %%
+from pathlib import Path
+
 from utils.models import PROFILES
 
 for name, bases in PROFILES.items():
-    print(f"{name:6}", bases)
+    print(f"{name:6}", {kind: Path(base).name for kind, base in bases.items()})
 
 # %% [markdown]
 # Here is the tiny decoder, a language model, at work. It has read invented documents: people, towns, shop dialogues. Ask
@@ -68,8 +70,8 @@ reply = model.generate(**inputs, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(reply[0], skip_special_tokens=True))
 
 # %% [markdown]
-# It answers like the shop's agent, as it learned to. In chapter 2 you teach it to answer with a record instead, by
-# training fewer than a tenth of its numbers, and you take the new behaviour off again like a coat.
+# It answers like the shop's agent, as it learned to. In chapter 2 an adapter of less than a tenth of its size makes it
+# answer with a record instead, and you take the new behaviour off again like a coat. You also train one yourself.
 
 # %% [markdown]
 # ## How an exercise works
@@ -78,12 +80,11 @@ print(tokenizer.decode(reply[0], skip_special_tokens=True))
 # run the cell. The next code cell calls `check`, which does one of three things.
 #
 # - **Right:** it says so, with one fact worth knowing.
-# - **Wrong:** it says what is wrong and where to look. It tries your function on fresh random inputs of several shapes,
-#   so an answer that fits one example only does not pass.
-# - **Blank:** it says so, and lends you the course's own function. Nothing further down breaks. Skip what you like and
-#   come back.
+# - **Wrong:** it says what is wrong and where to look, and lends you the course's own function for the rest of the
+#   chapter. It tries yours on fresh random inputs of several shapes, so an answer that fits one example does not pass.
+# - **Blank:** it says so, and lends you ours, too. Nothing further down breaks. Skip what you like and come back.
 #
-# Between the exercise and its check are two hints and the answer, folded. Opening them is no shame; trying for the time
+# Between the exercise and its check are hints and the answer, folded. Opening them is no shame; trying for the time
 # that the heading gives, first, is what makes it stick.
 
 # %% [markdown] exercise="utils.hardware:tensor_bytes" difficulty=1 importance=4 minutes=3 points=1
@@ -115,7 +116,7 @@ assert tensor_bytes((4096, 4096), torch.float32) == torch.zeros(4096, 4096).nbyt
 def tensor_bytes_wrong(shape, dtype):
     return math.prod(shape)
 
-tensor_bytes_wrong.__name__ = "tensor_bytes"
+tensor_bytes_wrong.__name__ = "tensor_bytes"  # check finds an exercise by its name
 _ = check(tensor_bytes_wrong)
 
 # %% [markdown]
@@ -136,8 +137,8 @@ _ = check(tensor_bytes_wrong)
 #
 # If you work alone, the checks are your teacher. If you are in a class, hand in the notebook file itself, with your
 # cells in it. Do not rename the functions; cells that you add, move or delete by accident are put right before grading.
-# Under the grader a blank or wrong exercise is worth nothing, so run all cells once from the top before you hand in:
-# *Kernel → Restart Kernel and Run All Cells*.
+# Before you hand in, run all cells once from the top, so that you see what the grader will see: *Kernel → Restart Kernel
+# and Run All Cells*. Under the grader nothing is lent: a blank or wrong exercise gets no points.
 #
 # Teachers find everything about handing out, collecting and grading in the README.
 #
