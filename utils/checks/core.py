@@ -65,12 +65,13 @@ class Mistake:
 class Remark:
     """Right, but: a pass with a remark, and a point of its own under `check(f, name)`.
 
-    seen: attempt -> bool      attempts: right answers that earn the remark, for the tests
+    seen: attempt -> bool   fact: said when that point is won   attempts: right answers with the remark, for the tests
     """
 
     name: str
     says: str
     seen: Callable
+    fact: str
     attempts: tuple = ()
 
 
@@ -235,11 +236,11 @@ def check(obj, point=None):
         if seen and point is not None:
             verdict, sentence = "wrong", seen[0].says
         elif seen:
-            sentence = seen[0].says
+            sentence = f'{seen[0].says} (This point is yours; "{seen[0].name}" is a second one.)'
         elif obj is exercise.reference:  # the check of a fallen-back exercise was run again
             sentence = "right, and it is ours. Run the cell that defines yours, then check again."
         else:
-            sentence = f"right. {sentence}"
+            sentence = f"right. {sentence if point is None else remarks[0].fact}"
     if verdict != "right" and os.environ.get(GRADING):
         raise AssertionError(f"{exercise.name}: {sentence}") from None
     ours = {"blank": " The rest of the chapter uses ours; come back any time.", "right": ""}

@@ -16,6 +16,12 @@ def signature(attempt):
     return inspect.signature(attempt.forward if isinstance(attempt, type) else attempt)
 
 
+def with_self(attempt):
+    """The name of the first method of a class that takes self where a static one is expected, or None."""
+    functions = {name: member for name, member in vars(attempt).items() if inspect.isfunction(member)}
+    return next((name for name, f in functions.items() if list(inspect.signature(f).parameters)[:1] == ["self"]), None)
+
+
 def own_frames(error, attempt):
     """The lines of the reader's own code that an exception passed through, outermost first."""
     code = getattr(attempt, "__code__", None)
@@ -42,6 +48,9 @@ def about_error(exercise, attempt, error):
     message = message if len(message) <= 200 else message[:197] + "..."
     frames = own_frames(error, attempt)
     if isinstance(error, TypeError) and not frames and "argument" in message:  # the call itself failed
+        method = with_self(attempt) if isinstance(attempt, type) else None
+        if method:
+            return f"Write @staticmethod above {method}, and let ctx be its first parameter: there is no self."
         return f"It is called as {exercise.name}{signature(exercise.reference)}; yours takes {signature(attempt)}."
     where = f"Line {frames[-1].lineno}, `{frames[-1].line}`, raises" if frames else "It raises"
     hint = next((f" {says}" for words, says in exercise.explain.items() if words in message), "")

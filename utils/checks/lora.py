@@ -18,8 +18,10 @@ def scale_cases(rng):
     drawn = [(16, 8), (16, 8, "standard"), (3, 8, "standard"), (pick(rng, 1, 24, 40), 5), (32, 16, "rslora"),
              (pick(rng, 1, 24, 40), pick(rng, 3, 6), "rslora")]
     named = [dict(zip(("alpha", "r", "scaling"), values, strict=False)) for values in drawn]
-    unknown = {"alpha": 16, "r": 8, "scaling": pick(rng, "rsLORA", "sqrt", "")}
-    return [Case(n, numbers={"alpha": n["alpha"], "r": n["r"]}) for n in named] + [Case(unknown, kinds=("unknown",))]
+    unknown = {"alpha": 16, "r": 8, "scaling": pick(rng, "rsLORA", "sqrt")}
+    return [Case(n, numbers={"alpha": n["alpha"], "r": n["r"]}) for n in named] + [
+        Case(unknown, kinds=("unknown",), numbers={"scaling": unknown["scaling"]}, later=True)
+    ]
 
 
 def scale_by_table(alpha, r, scaling="standard"):
@@ -52,6 +54,8 @@ def root_rule(alpha, r):
     return alpha / math.sqrt(r)
 
 
+ROOT_OF_R = "Under rslora the root is of r alone: alpha / sqrt(r). With alpha = {alpha} and r = {r} that is {expected}."
+
 LORA_SCALE = Exercise(
     name="lora_scale",
     reference=lora.lora_scale,
@@ -68,11 +72,13 @@ LORA_SCALE = Exercise(
                 "{expected}."),
         Mistake("upside_down", with_rule(lambda a, r: r / a, lambda a, r: math.sqrt(r) / a),
                 "Upside down: alpha is the numerator. With alpha = {alpha} and r = {r} the scale is {expected}."),
+        Mistake("root_of_both", with_rule(standard_rule, lambda a, r: math.sqrt(a / r)), ROOT_OF_R),
+        Mistake("root_of_alpha", with_rule(standard_rule, lambda a, r: math.sqrt(a) / r), ROOT_OF_R),
         Mistake("whole_division", with_rule(lambda a, r: a // r, root_rule),
                 "// drops the fraction: alpha = {alpha} with r = {r} gives {yours} where {expected} is meant. Use /."),
         Mistake("unknown_accepted", unknown_accepted,
-                "A rule you do not know went through as if it were the standard one. A typing error would train "
-                "silently at another scale: raise ValueError."),
+                "scaling={scaling!r} is no rule, and went through as if it were the standard one. A typing error would "
+                "train silently at another scale: raise ValueError."),
         Mistake("no_alpha", with_rule(lambda a, r: 1 / r, lambda a, r: 1 / math.sqrt(r)), None, "is 1/alpha, and"),
         Mistake("key_error",
                 lambda alpha, r, scaling="standard": alpha * {"standard": 1 / r, "rslora": r**-0.5}[scaling],
@@ -202,6 +208,8 @@ ONLY_SQUARE = (
     "which axis does x meet?"
 )
 
+ROWS = "Each row of x is one vector: W x becomes x @ W.T in code."
+
 LORA_FORWARD = Exercise(
     name="lora_forward",
     reference=lora.lora_forward,
@@ -221,6 +229,8 @@ LORA_FORWARD = Exercise(
                 "You scaled by r / alpha: upside down. Here the factor is {alpha} / {r}."),
         Mistake("scaled_twice", lambda x, W, A, B, alpha: alpha / A.shape[0] * (x @ W.T + x @ A.T @ B.T),
                 "The factor alpha / r multiplies the frozen path as well. It belongs to the update alone."),
+        Mistake("columns", lambda x, W, A, B, alpha: W @ x + alpha / A.shape[0] * B @ (A @ x), ROWS),
+        Mistake("columns_unscaled", lambda x, W, A, B, alpha: W @ x + B @ (A @ x), ROWS),
         Mistake("W_not_transposed", lambda x, W, A, B, alpha: x @ W + alpha / len(A) * (x @ A.T @ B.T), ONLY_SQUARE),
         Mistake("A_and_B_swapped", lambda x, W, A, B, alpha: x @ W.T + alpha / A.shape[0] * (x @ B @ A), ONLY_SQUARE),
         Mistake("all_untransposed", lambda x, W, A, B, alpha: x @ W + alpha / A.shape[0] * (x @ B @ A), ONLY_SQUARE),
@@ -253,6 +263,7 @@ LORA_FORWARD = Exercise(
                f"layer. "
                "Group the product the other way.",
                forms_the_matrix,
+               fact="No (d_out, d_in) matrix is formed: x meets A first, and B meets the r numbers that come out.",
                attempts=(delta_formed, lambda x, W, A, B, alpha: x @ W.T + alpha / A.shape[0] * (x @ (B @ A).T))),
     ),
     fact=f"At d = 4096 and r = 8 you touched {100 * 8 * (4096 + 4096) / 4096**2:.2g} % of the numbers that BA would "

@@ -323,19 +323,20 @@ LORA_FUNCTION = Exercise(
                "Right numbers, but you keep more for the backward pass than x, the parameters and the mask: a masked "
                "copy of x, or x A^T. Form it again in backward; x is kept anyway.",
                keeps_more,
+               fact="Nothing is kept for the backward pass but x, the parameters and the mask.",
                attempts=(Keeps, KeepsOnCtx)),
     ),
     explain={
-        "unwanted gradient of W": "backward forms a gradient for W, which is frozen: a product as large as W, thrown away. "
-        "Return None in its place, or ask ctx.needs_input_grad[1] first.",
+        "unwanted gradient of W": "backward forms a gradient for W, which is frozen: a product as large as W, thrown "
+        "away. Return None in its place, or ask ctx.needs_input_grad[1] first.",
         "incorrect number of gradients": "One value for each argument of forward, seven here: None where nothing is "
         "trained.",
         "different than None": "When bias is None its gradient is None too: ask ctx.needs_input_grad[2].",
         "invalid gradient": "The gradients come in the order of forward's arguments, each in the shape of its own.",
     },
     kinds={
-        "mixed": "Works in one dtype. With x in bfloat16 and A, B in float32, cast A and B to x's dtype in forward; the "
-        "backward pass meets both again: cast A and B to x's dtype there too.",
+        "mixed": "Works in one dtype. With x in bfloat16 and A, B in float32, cast A and B to x's dtype in forward; "
+        "the backward pass meets both again: cast A and B to x's dtype there too.",
         "W trained": "Right while W is frozen. Here it is trained: where ctx.needs_input_grad[1] says so, its gradient "
         "is that of any linear layer, (d_out, d_in).",
         "mask": "Right without a mask and wrong with one. The mask is on the input of the LoRA branch alone, in both "

@@ -134,7 +134,8 @@ LORA_BACKWARD = Exercise(
                 "W may be None, when x needs no gradient: then return None for dx."),
         Mistake("dx_negative", gradients(dx=lambda g, x, W, A, B, s: -(g @ W + s * (g @ B @ A))), None, "wrong sign"),
     ),
-    alternatives=(by_autograd, by_einsum, gradients(), gradients(dx=lambda g, x, W, A, B, s: g @ W + s * (g @ (B @ A)))),
+    alternatives=(by_autograd, by_einsum, gradients(),
+                  gradients(dx=lambda g, x, W, A, B, s: g @ W + s * (g @ (B @ A)))),
     kinds={"no W": "W may be None, when x needs no gradient: then return None for dx, and dA and dB as ever."},
     fact="Everything was made from x, grad and the parameters: nothing else has to be kept from the forward pass.",
 )

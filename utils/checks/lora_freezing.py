@@ -262,6 +262,8 @@ def count_by_name(model):
     return trainable, total
 
 
+IN_A_LIST = "`in` on a list compares values; keep ids or a set."
+
 COUNT_PARAMETERS = Exercise(
     name="count_parameters",
     reference=count_parameters,
@@ -296,8 +298,7 @@ COUNT_PARAMETERS = Exercise(
         Mistake("none", counting(answer=lambda trained, total: None), None, "returned None"),
     ),
     alternatives=(count_by_id, count_by_name, counting()),
-    explain=dict.fromkeys(("must match the size", "Boolean value of Tensor"), "`in` on a list compares values; keep ids "
-                          "or a set."),
+    explain={"must match the size": IN_A_LIST, "Boolean value of Tensor": IN_A_LIST},
     fact="parameters() gives each tensor once, even if two modules hold it; state_dict() gives it twice.",
 )
 

@@ -53,6 +53,10 @@ def init_kaiming_default(d_in, d_out, r, generator=None):
     return A, torch.zeros(d_out, r)
 
 
+GAUSSIAN = (
+    "That is Gaussian, as in the paper's text; the authors' code, and this exercise, draw uniformly in +-1/sqrt(d_in)."
+)
+
 LORA_INIT = Exercise(
     name="lora_init",
     reference=lora.lora_init,
@@ -74,6 +78,13 @@ LORA_INIT = Exercise(
         Mistake("unit_normal", lambda i, o, r, g=None: (torch.randn(r, i, generator=g), torch.zeros(o, r)),
                 "A is drawn from N(0, 1). It should be uniform in +-1/sqrt(d_in), so that A x is no larger than x, "
                 "whatever d_in ({d_in} here)."),
+        Mistake("gaussian", lambda i, o, r, g=None: (torch.randn(r, i, generator=g) * i**-0.5, torch.zeros(o, r)),
+                GAUSSIAN),
+        Mistake("gaussian_of_r", lambda i, o, r, g=None: (torch.randn(r, i, generator=g) / r, torch.zeros(o, r)),
+                GAUSSIAN),
+        Mistake("gaussian_as_wide",
+                lambda i, o, r, g=None: (torch.randn(r, i, generator=g) * (3 * i) ** -0.5, torch.zeros(o, r)),
+                GAUSSIAN),
         Mistake("bound_of_r", lambda i, o, r, g=None: (uniform(r, i, r**-0.5, g), torch.zeros(o, r)),
                 "Your bound is 1/sqrt(r). Each entry of A x sums d_in products, not r: the bound is 1/sqrt(d_in)."),
         Mistake("bound_of_d_out", lambda i, o, r, g=None: (uniform(r, i, o**-0.5, g), torch.zeros(o, r)),

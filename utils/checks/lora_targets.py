@@ -22,8 +22,11 @@ def match_cases(rng):
         (("q_proj", "query", "value"), ("query", "value")),  # some match, two do not
         (("proj",), ("proj",)),
     ]
-    return [Case({"names": names, "targets": targets}, numbers={"missing": ", ".join(missing)}, mentions=missing)
-            for targets, missing in drawn]
+    return [
+        Case({"names": names, "targets": targets}, numbers={"missing": " and ".join(map(repr, missing))},
+             mentions=missing, later=bool(missing))
+        for targets, missing in drawn
+    ]
 
 
 def matching(rule=lambda n, t: n == t or n.endswith("." + t), missing=lambda ts: ts, says=", ".join):
@@ -78,10 +81,17 @@ def first_of_each(names, targets):
     return [next(n for n in names if fits(n, t)) for t in targets]
 
 
+def substring_by_target(names, targets):
+    return [n for t in targets for n in names if t in n]
+
+
 def twice(names, targets):
     matching()(names, targets)
     return [n for n in names for t in targets if fits(n, t)]
 
+
+IN_NAME = "`in` also finds q_proj_norm and fq_proj: compare whole parts of the name."
+NO_DOT = 'endswith without the dot: q_proj finds fq_proj, head finds lm_head. Ask for "." + target, or equality.'
 
 MATCH_TARGETS = Exercise(
     name="match_targets",
@@ -89,12 +99,11 @@ MATCH_TARGETS = Exercise(
     cases=match_cases,
     mistakes=(
         Mistake("substring", matching(lambda n, t: t in n),
-                "You match anywhere in the name, so q_proj finds q_proj_norm and o_proj finds no_proj. A name matches "
-                "if it "
-                'equals the target or ends with "." and the target.'),
+                IN_NAME),
+        Mistake("substring_silent", matching(lambda n, t: t in n, missing=lambda ts: ()), IN_NAME),
+        Mistake("substring_by_target", substring_by_target, IN_NAME),
         Mistake("no_dot", matching(lambda n, t: n.endswith(t)),
-                'endswith without the dot: q_proj finds fq_proj, head finds lm_head. Ask for "." + target, or '
-                'equality.'),
+                NO_DOT),
         Mistake("equality", matching(lambda n, t: n == t), None, "raises ValueError: q_proj"),
         Mistake("last_part", matching(lambda n, t: n.split(".")[-1] == t),
                 "You compare the last part of the name alone, so a target with dots in it never matches, not even a "
@@ -105,10 +114,12 @@ MATCH_TARGETS = Exercise(
         Mistake("silent_when_some_match", silent_when_some_match,
                 "You raise only when nothing matches at all. With some targets matched, {missing} went unnoticed, and "
                 "fewer layers would train than were asked for."),
+        Mistake("no_dot_silent", matching(lambda n, t: n.endswith(t), missing=lambda ts: ()),
+                NO_DOT),
         Mistake("nameless", matching(says=lambda ts: "some targets match nothing"), None, "does not name 'c_attn'"),
         Mistake("first_named", matching(says=lambda ts: ts[0]), None, "does not name 'value'"),
         Mistake("key_error", lambda names, targets: {t: [n for n in names if fits(n, t)] for t in targets if any(
-                fits(n, t) for n in names)}[targets[0]], None, "expected"),
+                fits(n, t) for n in names)}[targets[0]], None, "yours lacks"),
         Mistake("by_target", by_target,
                 "The names come in the order of the targets, and one that fits two targets comes twice. Go through the "
                 "names, and keep the model's order."),

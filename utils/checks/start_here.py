@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from utils.checks.core import Case, Exercise, Mistake
@@ -48,6 +49,8 @@ TENSOR_BYTES = Exercise(
         Mistake("always_two", lambda shape, dtype: math.prod(shape) * 2,
                 "You took 2 bytes for every number. That is right for float16 and bfloat16 only; look at "
                 "dtype.itemsize."),
+        Mistake("float_for_scalar", lambda shape, dtype: np.prod(shape) * dtype.itemsize,
+                "For shape () yours is a float; return an int, math.prod gives 1 for ()."),
         Mistake("no_scalar", product_without_start, None, "A tensor of shape () holds one number"),
         Mistake("scalar_is_empty", lambda shape, dtype: math.prod(shape) * dtype.itemsize if shape else 0, None,
                 "A tensor of shape () holds one number"),

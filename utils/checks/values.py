@@ -34,6 +34,8 @@ def about_one(pairs, base=None):
     if not isinstance(out, type(want)) and not (isinstance(want, float) and isinstance(out, Number)):
         return f"Yours returned {kind_of(out)}, and {kind_of(want)} is expected."
     if not isinstance(want, torch.Tensor):
+        if isinstance(want, (list, tuple)) and isinstance(out, (list, tuple)) and len(want) + len(out) > 3:
+            return f"With {described(case)}: {about_list(want, out)}"
         ratio = about_factor(pairs, "answer") if isinstance(want, Number) and len(pairs) > 1 else None
         return ratio or f"With {described(case)}: yours {out!r}, expected {want!r}."
     if out.device != want.device:
@@ -52,6 +54,14 @@ def about_one(pairs, base=None):
         bases = [base(*c.inputs.values()) for c, _, _ in pairs]
         about = about_factor([(c, w - b, o - b) for (c, w, o), b in zip(pairs, bases, strict=True)], "update")
     return about or f"{first_place(want, out)} The case: {described(case)}."
+
+
+def about_list(want, out):
+    """The first thing that a list has or lacks; the whole of it would fill the screen."""
+    more, less = [v for v in out if v not in want], [v for v in want if v not in out]
+    if more or less:
+        return f"yours {'has' if more else 'lacks'} {(more or less)[0]!r}, and should{' not' if more else ' have it'}."
+    return "yours has the right entries, but in another order, or some of them twice."
 
 
 def about_factor(pairs, what):
@@ -129,6 +139,8 @@ def described(case):
     for name, value in case.inputs.items():
         if isinstance(value, torch.Tensor):
             parts.append(f"{name} {tuple(value.shape)}")
+        elif isinstance(value, (list, tuple)) and len(value) > 8:
+            parts.append(f"{len(value)} {name}")
         else:
             text = f"{name}={value!r}" if not tensors(value) else f"{name} {[tuple(t.shape) for t in tensors(value)]}"
             text = " ".join(text.split())

@@ -1,0 +1,220 @@
+"""The sentence for attempts that no mistake in the registry explains."""
+
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from utils.checks import check, find
+from utils.checks.core import GRADING, judge
+from utils.methods.lora import LoRAFunction
+
+SEEDS = range(5)
+SENTENCES = {}
+
+
+def attempt(exercise, *expected):
+    """Register an attempt with the parts of the sentence that it should get."""
+
+    def register(function):
+        SENTENCES[function.__name__] = exercise, function, expected
+        return function
+
+    return register
+
+
+@attempt("lora_delta", "It returned None. Is there a return statement")
+def returns_none(A, B, alpha):
+    pass
+
+
+@attempt("lora_delta", "First difference at [0, 0]: yours 1, expected", "A (8, 32)")
+def constant(A, B, alpha):
+    return torch.ones(B.shape[0], A.shape[1])
+
+
+@attempt("lora_delta", "Yours returned an int, and a Tensor is expected.")
+def a_number(A, B, alpha):
+    return 3
+
+
+@attempt("lora_delta", "It is called as lora_delta(A, B, alpha); yours takes (A, B).")
+def parameter_missing(A, B):
+    return B @ A
+
+
+@attempt("lora_delta", "calls itself without end")
+def endless(A, B, alpha):
+    return endless(A, B, alpha)
+
+
+@attempt("lora_delta", "`rank = A.shape[2]`, raises IndexError: tuple index out of range.")
+def raises(A, B, alpha):
+    rank = A.shape[2]
+    return rank
+
+
+@attempt("lora_delta", "raises SystemExit")
+def leaves(A, B, alpha):
+    sys.exit("bye")
+
+
+@attempt("lora_delta", "Your output is exactly 2 times the expected one.")
+def doubled(A, B, alpha):
+    return 2 * alpha / len(A) * B @ A
+
+
+@attempt("lora_delta", "Your output is 0.3536 times the expected one, which is 1/sqrt(r), and r is 8.")
+def root_too_many(A, B, alpha):
+    return alpha / len(A) ** 1.5 * B @ A
+
+
+@attempt("lora_delta", "has the wrong sign")
+def negative(A, B, alpha):
+    return -alpha / len(A) * B @ A
+
+
+@attempt("lora_delta", "off by the same 0.5 everywhere")
+def shifted(A, B, alpha):
+    return alpha / len(A) * B @ A + 0.5
+
+
+@attempt("lora_delta", "holds NaN or infinite values")
+def not_a_number(A, B, alpha):
+    return alpha / len(A) * B @ A / 0.0
+
+
+@attempt("lora_delta", "Rows 0, 1 of 32 are wrong, the others right.")
+def two_rows(A, B, alpha):
+    return torch.cat([B[:2] @ A, alpha / len(A) * B[2:] @ A])
+
+
+@attempt("lora_delta", "Wrong device: the inputs are on cpu, you returned a tensor on meta.")
+def on_meta(A, B, alpha):
+    return (alpha / len(A) * B @ A).to("meta")
+
+
+@attempt("lora_delta", "Wrong dtype: float32 is expected, you returned complex64.")
+def complex_numbers(A, B, alpha):
+    return (alpha / len(A) * B @ A).to(torch.complex64)
+
+
+@attempt("lora_delta", "Right values, wrong dtype: A is float32, you returned float64.")
+def too_precise(A, B, alpha):
+    return (alpha / len(A) * B @ A).to(torch.float64 if A.dtype == torch.float32 else A.dtype)
+
+
+@attempt("lora_delta", "Values are right but the gradient of A is not. Your gradient is exactly 2 times")
+def gradient_doubled(A, B, alpha):
+    return alpha / len(A) * B @ (2 * A - A.detach())
+
+
+@attempt("lora_delta", "Values are right until the inputs want gradients.", "numpy()")
+def through_numpy(A, B, alpha):
+    return alpha / len(A) * torch.from_numpy(B.float().numpy() @ A.float().numpy()).to(A.dtype)
+
+
+@attempt("lora_delta", "This is right only when the layer is square.")
+def square_only(A, B, alpha):
+    scale = alpha / len(A) if len(B) == A.shape[1] else 1.0
+    return scale * B @ A
+
+
+@attempt("lora_forward", "This is right only when the layer is square.", "shapes cannot be multiplied")
+def square_or_exception(x, W, A, B, alpha):
+    y = F.linear(x, W) + alpha / len(A) * F.linear(F.linear(x, A), B)
+    return y if W.shape[0] == W.shape[1] else x @ W
+
+
+@attempt("lora_forward", "Your update is exactly 3 times the expected one.")
+def update_tripled(x, W, A, B, alpha):
+    return x @ W.T + 3 * alpha / len(A) * (x @ A.T @ B.T)
+
+
+@attempt("lora_forward", "Your function changed A (max difference")
+def scales_A(x, W, A, B, alpha):
+    A *= alpha / A.shape[0]
+    return x @ W.T + x @ A.T @ B.T
+
+
+@attempt("fuse_loras", "Your function changed As", "Leave the inputs as they were.")
+def pops(As, Bs):
+    As.insert(0, As[0])
+    return torch.cat(As[1:]), torch.block_diag(*Bs)
+
+
+@attempt("match_targets", "Your function changed names", "Leave the inputs as they were.")
+def sorts_names(names, targets):
+    right = find("match_targets").reference(names, targets)
+    names.sort()
+    return right
+
+
+@attempt("LoRAFunction", "A class is expected, and yours is a function.")
+def no_class(x, W, bias, A, B, scale, mask):
+    return x
+
+
+@attempt("match_targets", " names, targets=('q_proj', 'v_proj'): yours has the right entries, but in another order")
+def reversed_names(names, targets):
+    return find("match_targets").reference(names, targets)[::-1]
+
+
+@attempt("match_targets", "yours lacks 'model.layers.0.self_attn.v_proj', and should have it.")
+def first_target_only(names, targets):
+    return [n for n in names if n.endswith(f".{targets[0]}")]
+
+
+@attempt("LoRAFunction", "Write @staticmethod above backward, and let ctx be its first parameter")
+class WithSelf(LoRAFunction):
+    def backward(self, ctx, grad):
+        return LoRAFunction.backward(ctx, grad)
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_general_diagnosis(name):
+    exercise, function, expected = SENTENCES[name]
+    for seed in SEEDS:
+        verdict, sentence = judge(find(exercise), function, seed)
+        assert verdict == "wrong"
+        assert all(part in sentence for part in expected), sentence
+        assert len(sentence) < 600
+
+
+def test_a_finer_point_does_not_hide_a_plain_mistake():
+    """Wrong in float32 and careless about dtypes or bad names too: the sentence is about the former."""
+
+    def unscaled(W, A, B, alpha):
+        return W + B @ A
+
+    def root_of_both(alpha, r, scaling="standard"):
+        return alpha / r if scaling == "standard" else math.sqrt(alpha / r)
+
+    assert "alpha / r is missing" in judge(find("lora_merge"), unscaled, 0)[1]
+    assert "the root is of r alone" in judge(find("lora_scale"), root_of_both, 0)[1]
+
+
+def blank_backward(right):
+    """A class with its forward pass alone: the right one, or one without the update."""
+
+    class LoRAFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, W, bias, A, B, scale, mask):
+            update = F.linear(F.linear(x if mask is None else x * mask, A.to(x.dtype)), B.to(x.dtype))
+            return F.linear(x, W, bias) + (scale if right else 0) * update
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise NotImplementedError
+
+    return LoRAFunction
+
+
+def test_a_class_whose_backward_is_blank(capsys, monkeypatch):
+    monkeypatch.delenv(GRADING, raising=False)
+    assert check(blank_backward(right=True)) is find("LoRAFunction").reference
+    assert "its backward is not written yet" in capsys.readouterr().out
+    check(blank_backward(right=False))
+    assert capsys.readouterr().out.startswith("LoRAFunction: In forward: Your output is the frozen path alone.")
