@@ -128,6 +128,11 @@ def square_or_exception(x, W, A, B, alpha):
     return y if W.shape[0] == W.shape[1] else x @ W
 
 
+@attempt("lora_forward", "raises RuntimeError: mat1 and mat2", "W x becomes x @ W.T in code.")
+def columns_without_rank(x, W, A, B, alpha):
+    return W @ x + alpha * (B @ (A @ x))
+
+
 @attempt("lora_forward", "Your update is exactly 3 times the expected one.")
 def update_tripled(x, W, A, B, alpha):
     return x @ W.T + 3 * alpha / len(A) * (x @ A.T @ B.T)

@@ -266,6 +266,7 @@ LORA_FORWARD = Exercise(
                fact="No (d_out, d_in) matrix is formed: x meets A first, and B meets the r numbers that come out.",
                attempts=(delta_formed, lambda x, W, A, B, alpha: x @ W.T + alpha / A.shape[0] * (x @ (B @ A).T))),
     ),
+    explain={"shapes cannot be multiplied": ROWS},
     fact=f"At d = 4096 and r = 8 you touched {100 * 8 * (4096 + 4096) / 4096**2:.2g} % of the numbers that BA would "
     "have held.",
 )
