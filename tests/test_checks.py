@@ -266,3 +266,12 @@ def test_agreement_needs_the_named_words():
     want = run(exercise, exercise.reference, case)
     assert agrees(exercise, case, want, want)
     assert not agrees(exercise, case, want, run(exercise, exercise.mistake("nameless").attempt, case))
+
+
+def test_a_check_leaves_the_random_numbers_of_later_cells_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    for name in ("lora_init", "lora_forward", "LoRAFunction", "freeze"):
+        check(find(name).reference)
+    assert torch.equal(torch.rand(3), expected)

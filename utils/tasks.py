@@ -66,11 +66,13 @@ def _from_hub(name):
     import datasets
     from huggingface_hub import constants
 
+    sentence = f"the data set {name} needs the hub, which cannot be reached: use profile='tiny', or run with a network"
     if not constants.HF_HUB_OFFLINE and not hub_reachable():
-        raise OSError(
-            f"the data set {name} needs the hub, which cannot be reached: use profile='tiny', or run with a network"
-        )
-    return datasets.load_dataset(name)
+        raise OSError(sentence)
+    try:
+        return datasets.load_dataset(name)
+    except ConnectionError:  # offline, and not in the cache
+        raise OSError(sentence) from None
 
 
 def _banking77():
