@@ -6,7 +6,6 @@ installs comes from wheels made here, so the test needs no network.
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import subprocess
 import sys
 import venv
@@ -20,6 +19,7 @@ from utils.course.source import read_source
 from utils.paths import ROOT
 
 MISSING = ("peft", "datasets")  # of the course's requirements, these are not there yet
+TORCH_NEEDS = "typing_extensions sympy mpmath networkx jinja2 markupsafe fsspec filelock"
 COLAB = "import sys, types; sys.modules['google.colab'] = types.ModuleType('google.colab')\n"
 
 
@@ -59,16 +59,11 @@ def session(tmp_path_factory):
         (info / "RECORD").write_text("")
     linked = home / "linked"  # outside site-packages, where no uninstall could reach the real files
     linked.mkdir()
-    for name in ("torch", "numpy"):
+    for name in f"torch numpy {TORCH_NEEDS} pip".split():
         found = importlib.metadata.distribution(name)
-        for top in {Path(str(file)).parts[0] for file in found.files if not str(file).startswith("..")}:
-            if not (linked / top).exists() and "dist-info" not in top:
+        for top in {Path(str(file)).parts[0] for file in found.files}:
+            if top not in ("..", "__pycache__") and "dist-info" not in top:
                 (linked / top).symlink_to(found.locate_file(top))
-    others = "pip typing_extensions sympy mpmath networkx jinja2 markupsafe fsspec filelock"
-    for needed in others.split():
-        module = Path(importlib.util.find_spec(needed).origin)
-        target = module.parent if module.name == "__init__.py" else module
-        (linked / target.name).symlink_to(target)
     (site / "linked.pth").write_text(str(linked) + "\n")
     return home
 
