@@ -11,13 +11,13 @@ Nothing here changes a model before everything has been checked: after an error 
 """
 
 import contextlib
-from pathlib import Path
 
 import torch
+from torch import nn
 
 from utils.hardware import tensor_bytes
 from utils.methods.wrapper import TrainedCopy
-from utils.targeting import base_parameters, core_of, pattern_value, select, shared_parameters, whole_modules
+from utils.targeting import base_parameters, called, core_of, pattern_value, select, shared_parameters, whole_modules
 
 REGISTRY = "_attached_adapters"  # name -> Adapter, kept on the model itself
 
@@ -63,6 +63,10 @@ def attach(model, config, name="default"):
     The new adapter is the active one; those attached before stay, switched off (`Adapter.activate` switches).
     raises ValueError for anything that does not fit, with the model unchanged
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}; attach needs a torch.nn.Module")
+    if not hasattr(config, "wrap"):
+        raise TypeError(f"the configuration is a {type(config).__name__}; attach needs one such as LoRA(r=8)")
     others = adapters(model)
     if name in others:
         raise ValueError(f"the model has an adapter called {name!r} already: detach it, or give this one another name")
@@ -76,6 +80,8 @@ def attach(model, config, name="default"):
             raise ValueError(f"no adapted module fits the pattern {', '.join(map(repr, unused))}")
     wrappers = {}
     for path in paths:
+        if not called(model, path):
+            raise ValueError(f"{path}: torch reads its weight without calling it, so a LoRA beside it would do nothing")
         module = model.get_submodule(path)
         r = pattern_value(config.rank_pattern, path, config.r)
         alpha = pattern_value(config.alpha_pattern, path, config.alpha)
@@ -89,7 +95,7 @@ def attach(model, config, name="default"):
 
 def adapter_dtype(module):
     """The base's dtype, but float32 over half-precision and quantized weights: their steps are too coarse."""
-    dtype = module.weight.dtype
+    dtype = getattr(getattr(module, "weight", None), "dtype", None)
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -105,12 +111,12 @@ class Adapter:
         for other in adapters(model).values():
             other._set_active(False)  # before the base's biases are copied
         self._kept_biases = {n: p.detach().clone() for n, p in self.biases.items()}  # the values not in the model now
+        self._biases_in, self.trainable = False, True
         if not adapters(model):
             freeze(model)
         for path, wrapper in wrappers.items():
             model.set_submodule(path, wrapper)
         model.__dict__.setdefault(REGISTRY, {})[name] = self
-        self._biases_in = True  # at first the model's values are a copy of the kept ones: equal, so nothing to swap
         self.activate()
 
     def _choose_biases(self):
@@ -138,6 +144,10 @@ class Adapter:
             for key, tensor in wrapper.tensors().items():
                 yield f"{path}.{key}", tensor
         yield from self.biases.items()
+
+    def bias_values(self):
+        """This adapter's values of the biases it trains, by name: kept aside while it is switched off."""
+        return self.biases if self._biases_in else self._kept_biases
 
     def parameters(self):
         """What an optimizer should get, and nothing else."""
@@ -178,27 +188,31 @@ class Adapter:
     def _set_active(self, on):
         for wrapper in self.wrappers.values():
             wrapper.active = on
-        if on != self._biases_in:
-            for name, parameter in self.biases.items():
-                parameter.data, self._kept_biases[name] = self._kept_biases[name], parameter.data
-            self._biases_in = on
-        for parameter in self.biases.values():
-            parameter.requires_grad = on
+        if on == self._biases_in:
+            return  # the biases in the model now may be another adapter's
+        for name, parameter in self.biases.items():
+            parameter.data, self._kept_biases[name] = self._kept_biases[name].to(parameter), parameter.data
+            parameter.requires_grad = on and self.trainable
+        self._biases_in = on
 
     @contextlib.contextmanager
     def disabled(self):
-        """The base model, exactly, for the length of a `with`."""
+        """The base model, exactly, for the length of a `with`: whichever adapter is on goes off."""
         self._alive()
-        was_active, was_merged = self.active, self.merged
-        if was_merged:
-            self._swap_weights()
-        self._set_active(False)
+        on = [a for a in adapters(self.model).values() if a.active]  # one or none
+        merged = [a for a in on if a.merged]
+        for adapter in on:
+            adapter._set_active(False)
+        for adapter in merged:
+            adapter._swap_weights()
         try:
             yield self.model
         finally:
-            self._set_active(was_active)
-            if was_merged:
-                self._swap_weights()
+            for adapter in on:
+                if adapters(self.model).get(adapter.name) is adapter:  # not detached meanwhile
+                    if adapter in merged:
+                        adapter._swap_weights()
+                    adapter.activate()
 
     # ---- merging
 
@@ -248,7 +262,7 @@ class Adapter:
         for path, kept in self._kept_weights.items():
             wrapper = self.wrappers[path]
             weight = wrapper.core.weight
-            self._kept_weights[path], weight.data = weight.data, kept
+            self._kept_weights[path], weight.data = weight.data, kept.to(weight)  # it may have moved meanwhile
             wrapper.merged = not self.merged
         self.merged = not self.merged
 
@@ -263,23 +277,10 @@ class Adapter:
 
     def export(self, path):
         """Write the merged model, a plain checkpoint without any trace of the adapter, for tools that know none."""
+        from utils.checkpoint import export_model
+
         self._alive()
-        if not hasattr(self.model, "save_pretrained"):
-            raise ValueError(f"{type(self.model).__name__} is not a transformers model: save its state_dict yourself")
-        was_merged, shown = self.merged, {}
-        if not was_merged:
-            self.merge()
-        try:
-            for spot, wrapper in self.wrappers.items():
-                shown[spot] = self.model.get_submodule(spot)
-                self.model.set_submodule(spot, wrapper.copy if isinstance(wrapper, TrainedCopy) else wrapper.core)
-            self.model.save_pretrained(path)
-        finally:
-            for spot, module in shown.items():
-                self.model.set_submodule(spot, module)
-            if not was_merged:
-                self.unmerge()
-        return Path(path)
+        return export_model(self, path)
 
     def detach(self):
         """Take the adapter out: the model as it was before `attach`, weights, modules and requires_grad alike."""
@@ -303,7 +304,7 @@ class Adapter:
         else:
             delattr(self.model, REGISTRY)
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad = self._was_trained[name]
+                parameter.requires_grad = self._was_trained.get(name, parameter.requires_grad)
 
     def _alive(self):
         if adapters(self.model).get(self.name) is not self:

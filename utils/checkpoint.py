@@ -12,6 +12,7 @@ names them, and the model stays as it was.
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from safetensors.torch import load, save
 
 from utils.attach import adapters, attach
 from utils.methods.lora import LoRA
-from utils.methods.wrapper import TrainedCopy
-from utils.targeting import base_parameters, module_tree
+from utils.methods.wrapper import TrainedCopy, Wrapper
+from utils.targeting import base_parameters, inside, module_tree, used_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -36,7 +37,10 @@ TASKS = {
 OTHER_METHODS = (
     "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "megatron_config",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "velora_config", "monteclora_config",
+    "kasa_config",
 )  # fmt: skip
+# PEFT's other ways to begin (PiSSA, OLoRA, LoftQ, ...) change the base weights too, so such a file needs that base.
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -53,21 +57,55 @@ def save_adapter(adapter, path):
         raise ValueError(f"{len(broken)} tensors hold NaN or infinity, {broken[0]} among them: nothing was written")
     files = {WEIGHTS: save(tensors, metadata={"format": "pt"}), CONFIG: json.dumps(to_peft(adapter), indent=2).encode()}
     path = Path(path)
+    parts = {path / (name + ".part"): path / name for name in files}
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():  # whole or not at all: a full disk must not leave half a file
-            (path / (name + ".part")).write_bytes(content)
-        for name in files:
-            os.replace(path / (name + ".part"), path / name)
+        for part, content in zip(parts, files.values(), strict=True):  # a full disk must not leave half a file
+            part.write_bytes(content)
+        for part, file in parts.items():
+            os.replace(part, file)
     except OSError as error:
+        if path.is_dir():
+            for part in parts:
+                part.unlink(missing_ok=True)
         raise OSError(f"the adapter could not be written to {path}: {error.strerror or error}") from None
+    return path
+
+
+def export_model(adapter, path):
+    """Write the model with the adapter merged in as a plain checkpoint into the folder `path`, and return it as a Path.
+
+    Adapters on the model, this one and others, leave no trace in it.
+    raises ValueError if the model is no transformers model or cannot be merged, OSError if the folder cannot be written
+    """
+    model, path = adapter.model, Path(path)
+    if not hasattr(model, "save_pretrained"):
+        raise ValueError(f"{type(model).__name__} is not a transformers model: save its state_dict yourself")
+    if path.exists() and not path.is_dir():
+        raise OSError(f"the model could not be written to {path}: it is a file")
+    was_merged = adapter.merged
+    if not was_merged:
+        adapter.merge()
+    wrappers = {spot: m for spot, m in module_tree(model) if isinstance(m, Wrapper)}
+    try:
+        for spot, wrapper in wrappers.items():
+            own = adapter.wrappers.get(spot)
+            model.set_submodule(spot, own.copy if isinstance(own, TrainedCopy) else wrapper.core)
+        model.save_pretrained(path)
+    except OSError as error:
+        raise OSError(f"the model could not be written to {path}: {error.strerror or error}") from None
+    finally:
+        for spot, wrapper in wrappers.items():
+            model.set_submodule(spot, wrapper)
+        if not was_merged:
+            adapter.unmerge()
     return path
 
 
 def file_tensors(adapter):
     """Name in the file, without the prefix -> tensor. Biases of adapted layers live in PEFT's `base_layer`."""
     tensors = {}
-    for name, tensor in adapter.named_parameters():
+    for name, tensor in (dict(adapter.named_parameters()) | adapter.bias_values()).items():
         module = name.rsplit(".", 1)[0]
         wrapped = name in adapter.biases and module in adapter.wrappers
         tensors[f"{module}.base_layer.bias" if wrapped else name] = tensor
@@ -79,26 +117,21 @@ def to_peft(adapter):
     config, model = adapter.config, adapter.model
     adapted = [p for p, w in adapter.wrappers.items() if not isinstance(w, TrainedCopy)]
     whole = sorted(p for p, w in adapter.wrappers.items() if isinstance(w, TrainedCopy))
-    targets, layers = config.targets, config.layers
+    settings, targets = getattr(model, "config", None), config.targets
     if targets is None:
-        targets = config.default_targets(model.config.model_type)
-    if targets == "all-linear" or config.exclude:  # written out, so that every reader means the same modules
-        targets, layers = shortest_names(adapted, [p for p, _ in module_tree(model)]), None
-    if getattr(model, "config", None) is None:
-        task, base = None, None
-    else:
-        task = next((t for part, t in TASKS.items() if part in type(model).__name__), None)
-        base = model.config._name_or_path or None
+        targets = config.default_targets(settings.model_type)
+    if targets == "all-linear" or config.exclude or config.layers is not None:
+        # Written out, so that every reader means the same modules: PEFT counts layers in another way than we do.
+        targets = shortest_names(adapted, [p for p, _ in module_tree(model)])
     return {
         "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": base,
+        "task_type": next((t for part, t in TASKS.items() if part in type(model).__name__), None),
+        "base_model_name_or_path": getattr(settings, "_name_or_path", None) or None,
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "use_rslora": config.scaling == "rslora",
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        "layers_to_transform": None if layers is None else sorted(layers),
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "modules_to_save": whole or None,
@@ -130,20 +163,21 @@ def load_adapter(model, path, name="default", trainable=True):
     folder = find_folder(path)
     fields = read_config(folder / CONFIG)
     tensors = read_tensors(folder)
-    # PEFT lists every head a classifier might have ("classifier", "score"): the file's tensors tell which there was.
-    saved = [m for m in fields.get("modules_to_save") or () if any(f".{m}." in f".{t}" for t in tensors)]
-    config = from_peft(fields | {"modules_to_save": saved})
+    try:
+        config = in_peft_terms(from_peft(fields), [p for p, _ in module_tree(model) if p])
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+    adapter = None
     try:
         adapter = attach(model, config, name)
-    except ValueError as error:
-        raise ValueError(f"the adapter in {path} does not fit this {type(model).__name__}: {error}") from None
-    try:
         fill(adapter, tensors)
     except ValueError as error:
-        adapter.detach()
-        for other in before:
-            other.activate()
+        if adapter is not None:
+            adapter.detach()
+            for other in before:
+                other.activate()
         raise ValueError(f"the adapter in {path} does not fit this {type(model).__name__}: {error}") from None
+    adapter.trainable = trainable
     for parameter in adapter.parameters():
         parameter.requires_grad_(trainable)
     return adapter
@@ -157,11 +191,11 @@ def find_folder(path):
     if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         raise FileNotFoundError(f"there is no folder {path}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=[CONFIG, WEIGHTS]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"there is no folder {path} here, and the hub did not give it ({type(error).__name__})"
         ) from None
@@ -171,7 +205,7 @@ def read_config(file):
     if not file.exists():
         raise FileNotFoundError(f"{file.parent} holds no {CONFIG}: is it an adapter's folder?")
     try:
-        fields = json.loads(file.read_text())
+        fields = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(fields, dict):
@@ -185,25 +219,41 @@ def from_peft(fields):
     if kind != "LORA":
         raise ValueError(f"peft_type is {kind!r}; this version reads 'LORA'")
     others = [name for name in OTHER_METHODS if fields.get(name)]
+    if fields.get("init_lora_weights") not in PLAIN_INITS:
+        others.append(f"init_lora_weights={fields['init_lora_weights']!r}")
     if others:
         raise ValueError(f"the file uses {', '.join(others)}, which is not plain LoRA")
     layers = fields.get("layers_to_transform")
-    try:
-        return LoRA(
-            r=fields.get("r", 8),
-            alpha=fields.get("lora_alpha", 8),
-            targets=fields.get("target_modules"),
-            scaling="rslora" if fields.get("use_rslora") else "standard",
-            dropout=fields.get("lora_dropout", 0.0),
-            layers=(layers,) if isinstance(layers, int) else layers,
-            exclude=fields.get("exclude_modules") or (),
-            rank_pattern=fields.get("rank_pattern") or {},
-            alpha_pattern=fields.get("alpha_pattern") or {},
-            bias=fields.get("bias", "none"),
-            modules_to_save=fields.get("modules_to_save") or (),
-        )
-    except TypeError as error:
-        raise ValueError(f"a setting in {CONFIG} is of the wrong kind: {error}") from None
+    return LoRA(
+        r=fields.get("r", 8),
+        alpha=fields.get("lora_alpha", 8),
+        targets=fields.get("target_modules"),
+        scaling="rslora" if fields.get("use_rslora") else "standard",
+        dropout=fields.get("lora_dropout", 0.0),
+        layers=((layers,) if isinstance(layers, int) else layers) or None,
+        exclude=fields.get("exclude_modules") or (),
+        rank_pattern=fields.get("rank_pattern") or {},
+        alpha_pattern=fields.get("alpha_pattern") or {},
+        bias=fields.get("bias", "none"),
+        modules_to_save=fields.get("modules_to_save") or (),
+    )
+
+
+def in_peft_terms(config, paths):
+    """The configuration with its names read as PEFT reads them, which is more loosely than `attach`.
+
+    paths: of all modules of the model
+    modules_to_save means every module whose path ends in one of the names, in the middle of a word too, and may list
+    heads that the model has not. Targets may lie inside such a module, where they count for nothing. Names to exclude
+    may fit nothing.
+    """
+    whole = tuple(p for p in paths if p.endswith(config.modules_to_save))
+    targets = config.targets
+    if isinstance(targets, tuple):
+        outside = [p for p in paths if not any(inside(p, w) for w in whole)]
+        useless = set(used_names(paths, targets)) - set(used_names(outside, targets))
+        targets = tuple(t for t in targets if t not in useless)
+    return replace(config, targets=targets, modules_to_save=whole, exclude=used_names(paths, config.exclude))
 
 
 def read_tensors(folder):

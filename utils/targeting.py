@@ -47,9 +47,9 @@ def task_head(model):
 
 def select(model, config):
     """The paths of the modules that `config` means in `model`, or ValueError with the reason and the nearest names."""
-    modules = {path: m.core if isinstance(m, Wrapper) else m for path, m in module_tree(model)}
+    modules = {path: core_of(m) for path, m in module_tree(model) if path}
     kept_whole = whole_modules(model, config)
-    open_to_all = [p for p in modules if p and not any(p == k or p.startswith(k + ".") for k in kept_whole)]
+    open_to_all = [p for p in modules if not any(inside(p, whole) for whole in kept_whole)]
     targets = config.targets
     if targets is None:
         family = getattr(getattr(model, "config", None), "model_type", "")
@@ -60,27 +60,55 @@ def select(model, config):
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         found = [p for p in open_to_all if is_linear(modules[p]) and modules[p] is not core_of(output)]
     elif isinstance(targets, str):
-        try:
-            found = [p for p in open_to_all if re.fullmatch(targets, p)]
-        except re.error as error:
-            raise ValueError(f"targets is not a regular expression: {targets!r} ({error})") from None
+        found = [p for p in open_to_all if matches(p, targets)]
     else:
         try:
             found = match_targets(open_to_all, targets)
         except ValueError as error:
-            raise ValueError(f"{error} in this {type(model).__name__}. {near_names(open_to_all, targets)}") from None
+            taken = [p for p in kept_whole if matches(p, targets)]
+            hint = f"{taken[0]} is trained whole (modules_to_save)." if taken else near_names(open_to_all, targets)
+            raise ValueError(f"{error} in this {type(model).__name__}. {hint}") from None
     if not found:
-        raise ValueError(f"targets={targets!r} matches no module of this {type(model).__name__}")
-    found = [p for p in found if not matches(p, config.exclude)]
+        hint = f"; if it is a name, write ({targets!r},)" if any(matches(p, (targets,)) for p in modules) else ""
+        raise ValueError(f"targets={targets!r} matches no module of this {type(model).__name__}{hint}")
+    return narrow(found, modules, config)
+
+
+def narrow(found, paths, config):
+    """What `exclude` and `layers` leave of the paths in `found`. paths: of all modules of the model"""
+    used = used_names(paths, config.exclude)
+    if used != config.exclude:
+        unused = repr(config.exclude) if isinstance(config.exclude, str) else sorted(set(config.exclude) - set(used))
+        raise ValueError(f"exclude: no module fits {unused}")
+    left = [p for p in found if not matches(p, config.exclude)]
     if config.layers is not None:
-        numbers = {int(n) for p in modules for n in re.findall(r"\.(\d+)(?=\.|$)", p)[:1]}
+        numbers = {layer_number(p) for p in paths} - {None}
         missing = sorted(set(config.layers) - numbers)
         if missing:
-            raise ValueError(f"layers {missing} do not exist; this model's layers are 0 to {max(numbers, default=-1)}")
-        found = [p for p in found if (n := re.search(r"\.(\d+)\.", p)) and int(n[1]) in config.layers]
-    if not found:
-        raise ValueError("exclude and layers together leave no module to adapt")
-    return found
+            known = f"this model's layers are 0 to {max(numbers)}" if numbers else "this model has no numbered layers"
+            raise ValueError(f"layers {missing} do not exist; {known}")
+        left = [p for p in left if layer_number(p) in config.layers]
+    if not left:
+        raise ValueError(f"exclude and layers together leave none of the {len(found)} matched modules")
+    return left
+
+
+def used_names(paths, names):
+    """Those of the names that fit a path. A regular expression that fits none counts as no names, ()."""
+    if isinstance(names, str):
+        return names if any(matches(p, names) for p in paths) else ()
+    return tuple(n for n in names if any(matches(p, (n,)) for p in paths))
+
+
+def layer_number(path):
+    """The first number in a module's path, or None: "model.layers.3.mlp.experts.0.up_proj" is in layer 3."""
+    number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", path)
+    return int(number[1]) if number else None
+
+
+def inside(path, module):
+    """Whether a path is a module's own or that of something in it."""
+    return path == module or path.startswith(module + ".")
 
 
 def is_linear(module):
@@ -103,11 +131,24 @@ def whole_modules(model, config):
     names = config.modules_to_save
     if names is None:
         names = (head,) if (head := task_head(model)) else ()
-    paths = [p for p, _ in module_tree(model)]
+    modules = {path: core_of(m) for path, m in module_tree(model) if path}
     try:
-        return match_targets(paths, names)
+        found = match_targets(modules, names)
     except ValueError as error:
-        raise ValueError(f"modules_to_save: {error}. {near_names(paths, names)}") from None
+        raise ValueError(f"modules_to_save: {error}. {near_names(modules, names)}") from None
+    for path in found:
+        above = [other for other in found if other != path and inside(path, other)]
+        if above:
+            raise ValueError(f"modules_to_save: {path} is a part of {above[0]}, which is trained whole already")
+        if any(isinstance(m, Wrapper) for m in modules[path].modules()):
+            raise ValueError(f"modules_to_save: another adapter is attached inside {path}; detach it first")
+    return found
+
+
+def called(model, path):
+    """Whether the module at `path` is called in the forward pass. Two of torch's read their layers' weights instead."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    return not isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
 
 
 def pattern_value(pattern, path, default):

@@ -19,16 +19,17 @@ class Wrapper(nn.Module):
         self.base = base
         self.active = True
         self.merged = False
-        self.train(base.training)
+        self.training = base.training  # not self.train(...), which would reach into the base
 
     def __getattr__(self, name):
-        # Models look at attributes of their layers (T5 reads wo.weight.dtype): what a wrapper lacks, its base answers.
+        # Models look at attributes of their layers (T5 reads wo.weight.dtype): what a wrapper lacks, the layer answers.
+        # Not a wrapper in between: the A and B of another adapter are not this one's.
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":
+            if name in ("base", "core"):
                 raise
-            return getattr(super().__getattr__("base"), name)
+            return getattr(self.core, name)
 
     def forward(self, *args, **kwargs):
         if not self.active or self.merged:
