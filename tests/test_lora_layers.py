@@ -102,7 +102,7 @@ def test_dropout_acts_on_the_branch_and_in_training_only():
     torch.manual_seed(3)
     y = lora(x)
     torch.manual_seed(3)
-    mask = torch.empty(x.shape).bernoulli_(0.5)  # the same draw, so the same entries
+    mask = dropout_mask(x, 0.5)  # the same draw, so the same entries
     torch.testing.assert_close(y, lora.base(x) + lora.scale * (2 * mask * x) @ lora.A.T @ lora.B.T)
 
 
