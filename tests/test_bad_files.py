@@ -255,6 +255,13 @@ def _(model, tmp):
     load_adapter(model, tmp / WEIGHTS)
 
 
+@TABLE.row("model and folder swapped", r"the model is a \w+Path; load_adapter needs the model first, .*", TypeError)
+def _(model, tmp):
+    attached(small_model("llama")).save(tmp)
+    yield
+    load_adapter(tmp, model)
+
+
 HUB = r" here, and the hub did not give it \(.*\)"
 
 

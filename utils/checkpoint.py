@@ -157,8 +157,10 @@ def load_adapter(model, path, name="default", trainable=True):
 
     trainable: False freezes what is loaded
     returns the Adapter, active
-    raises FileNotFoundError, ValueError or OSError, with the model unchanged
+    raises FileNotFoundError, ValueError, OSError or TypeError, with the model unchanged
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}; load_adapter needs the model first, then the folder")
     before = [a for a in adapters(model).values() if a.active]
     folder = find_folder(path)
     fields = read_config(folder / CONFIG)

@@ -5,7 +5,7 @@ import re
 
 from torch import nn
 
-from utils.methods.lora import is_conv1d
+from utils.methods.layers import is_conv1d
 from utils.methods.wrapper import Wrapper
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.methods import settings
+from utils.methods.layers import is_conv1d, linear_shape, plain_weight
 from utils.methods.wrapper import Wrapper
 
 # ---------------------------------------------------------------------------------------------- the equations
@@ -154,18 +155,6 @@ class LoRAFunction(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------- the modules
 
 
-def is_conv1d(module):
-    """GPT-2's Conv1D: a linear layer that stores its weight as (d_in, d_out). Told by name, to import nothing."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def linear_shape(module):
-    """(d_out, d_in) of a linear layer, whichever way round its weight is stored."""
-    if is_conv1d(module):
-        return module.weight.shape[1], module.weight.shape[0]
-    return module.out_features, module.in_features
-
-
 class LoRALinear(Wrapper):
     """A linear layer with a LoRA beside it. base: nn.Linear, Conv1D, or anything with in_features and out_features."""
 
@@ -265,19 +254,6 @@ def dropout_mask(x, p):
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -32768 ... 32767
     return (bits >= round(p * 2**16) - 2**15).view(torch.int8)
-
-
-def plain_weight(layer):
-    """The (d_out, d_in) weight of a layer that is a matrix product and nothing more, else None.
-
-    A layer with hooks, or a forward put on the instance (device maps do that), must be called, not read.
-    """
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if any(hooks) or "forward" in layer.__dict__:
-        return None
-    if type(layer) is nn.Linear:
-        return layer.weight
-    return layer.weight.T if is_conv1d(layer) else None
 
 
 # ---------------------------------------------------------------------------------------------- the configuration

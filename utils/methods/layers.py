@@ -1,0 +1,28 @@
+"""Linear layers as models have them: which way round the weight is stored, and whether it may be used directly."""
+
+from torch import nn
+
+
+def is_conv1d(module):
+    """GPT-2's Conv1D: a linear layer that stores its weight as (d_in, d_out). Told by name, to import nothing."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def linear_shape(module):
+    """(d_out, d_in) of a linear layer, whichever way round its weight is stored."""
+    if is_conv1d(module):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.out_features, module.in_features
+
+
+def plain_weight(layer):
+    """The (d_out, d_in) weight of a layer that is a matrix product and nothing more, else None.
+
+    A layer with hooks, or a forward put on the instance (device maps do that), must be called, not read.
+    """
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if any(hooks) or "forward" in layer.__dict__:
+        return None
+    if type(layer) is nn.Linear:
+        return layer.weight
+    return layer.weight.T if is_conv1d(layer) else None
