@@ -1193,7 +1193,8 @@ folder = Path(tempfile.mkdtemp())
 adapter.save(folder / "ours")
 peft_model.save_pretrained(folder / "peft")
 for who in ("ours", "peft"):
-    print(who, {file.name: file.stat().st_size for file in sorted((folder / who).glob("adapter*"))})
+    files = sorted(file.name for file in (folder / who).iterdir())
+    print(f"{who}: {files}, {(folder / who / 'adapter_model.safetensors').stat().st_size:,} bytes of tensors")
 
 # %%
 probe = collate(rows[8:16], tokenizer)

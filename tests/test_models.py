@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from data.make import decoder, encoder, probes
-from utils import models
+from utils import LoRA, attach, models
 from utils.models import PROFILES, load_base, load_tokenizer
 from utils.paths import DATA
 
@@ -182,3 +182,10 @@ def test_missing_tiny_files_are_named(monkeypatch, tmp_path):
     monkeypatch.setitem(PROFILES["tiny"], "decoder", str(tmp_path / "gone"))
     with pytest.raises(OSError, match="gone is incomplete; restore it from git or make it again"):
         load_base("decoder")
+
+
+def test_an_adapter_of_a_tiny_base_says_so_without_a_path_of_this_machine(tmp_path):
+    attach(load_base("decoder"), LoRA(r=1)).save(tmp_path)
+    for folder in (tmp_path, DATA / "adapters" / "tickets"):
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == "data/models/tiny-llama"

@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from utils.attach import adapters, attach
 from utils.methods.lora import LoRA
 from utils.methods.wrapper import TrainedCopy, Wrapper
+from utils.paths import ROOT
 from utils.targeting import base_parameters, inside, module_tree, used_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -126,7 +127,7 @@ def to_peft(adapter):
     return {
         "peft_type": "LORA",
         "task_type": next((t for part, t in TASKS.items() if part in type(model).__name__), None),
-        "base_model_name_or_path": getattr(settings, "_name_or_path", None) or None,
+        "base_model_name_or_path": base_name(settings),
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -140,6 +141,14 @@ def to_peft(adapter):
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def base_name(settings):
+    """What the file says about its base: the model's name, or its path, without this machine's part of it."""
+    name = getattr(settings, "_name_or_path", None) or None
+    if name and Path(name).is_relative_to(ROOT):
+        return Path(name).relative_to(ROOT).as_posix()
+    return name
 
 
 def shortest_names(chosen, everything):
