@@ -119,7 +119,12 @@ def assert_near(found, expected, tolerance=TOLERANCE):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * max(1, expected.abs().max().item()))
 
 
-CASES = [pytest.param(a, o, id=f"{a}-{o}") for a in ALL for o in options(a)]
+BRIEFLY = ("llama", "mistral")  # as llama_gqa in all but the numbers of heads
+CASES = [
+    pytest.param(a, o, id=f"{a}-{o}")
+    for a in ALL
+    for o in (("default targets", "all-linear") if a in BRIEFLY else options(a))
+]
 
 
 @pytest.mark.parametrize("architecture, option", CASES)
