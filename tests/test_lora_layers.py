@@ -247,7 +247,7 @@ def test_gradient_checkpointing_changes_nothing(architecture):
         backward(logits(model))
         grads.append([p.grad for p in adapter.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):
-        torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-5 * plain.abs().max().item())
+        torch.testing.assert_close(checkpointed, plain, rtol=0, atol=3e-5 * plain.abs().max().item())
 
 
 def test_compiled_model_agrees():
