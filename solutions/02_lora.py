@@ -521,7 +521,7 @@ print(fused)
 
 # %%
 x = torch.randn(2, 5, 32)
-layer = fused.wrappers["transformer.h.0.attn.c_attn"]
+layer = fused.parts["transformer.h.0.attn.c_attn"]
 with torch.no_grad():
     layer.A.copy_(A)
     layer.B.copy_(B)
@@ -1917,7 +1917,7 @@ llama = architecture("Llama-2-7B", num_hidden_layers=1)
 left_out = {}
 for name, model in (("Llama", llama), ("BERT", bert)):
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    adapted = set(attach(model, LoRA(targets="all-linear")).wrappers)
+    adapted = set(attach(model, LoRA(targets="all-linear")).parts)
     left_out[name] = sorted(linear - adapted)
     kept_whole = [n for n, p in model.named_parameters() if p.requires_grad and "classifier" in n]
     print(f"{name}: {len(linear)} linear layers, no LoRA on {left_out[name]}, {len(kept_whole)} tensors trained whole")
@@ -2454,8 +2454,8 @@ parts = {part: [p for n, p in adapter.named_parameters() if f"lora_{part}" in n]
 gradient = {part: max(p.grad.abs().max().item() for p in found) for part, found in parts.items()}
 optimizer.step()
 moved = max(p.abs().max().item() for p in parts["B"])
-print(f"{len(adapter.wrappers)} modules; gradient of A {gradient['A']:.1e}, of B {gradient['B']:.1e}; B moved {moved:.1e}")
-assert adapter.wrappers and gradient["A"] == 0 < gradient["B"] and moved > 0
+print(f"{len(adapter.parts)} modules; gradient of A {gradient['A']:.1e}, of B {gradient['B']:.1e}; B moved {moved:.1e}")
+assert adapter.parts and gradient["A"] == 0 < gradient["B"] and moved > 0
 
 # %% [markdown]
 # ## What to read next

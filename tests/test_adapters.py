@@ -244,6 +244,6 @@ def test_a_model_of_no_library(model, tmp_path):
 
 
 def test_layers_are_counted_in_any_kind_of_path():
-    assert list(attach(Net(), LoRA(targets="all-linear", layers=(1,))).wrappers) == ["layers.1"]
+    assert list(attach(Net(), LoRA(targets="all-linear", layers=(1,))).parts) == ["layers.1"]
     stack = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    assert list(attach(stack, LoRA(targets="all-linear", layers=(0,))).wrappers) == ["0"]
+    assert list(attach(stack, LoRA(targets="all-linear", layers=(0,))).parts) == ["0"]

@@ -37,7 +37,7 @@ def test_linear_by_hand():
             parameter.copy_(torch.tensor(value))
     x = torch.tensor([5.0, 7, 11])
     assert lora(x).tolist() == [105, 211 + 2 * 7]
-    assert lora.merged_weight().tolist() == [[1, 0, 0], [0, 2, 1]]
+    assert lora.merged_tensors()["weight"].tolist() == [[1, 0, 0], [0, 2, 1]]
     lora.active = False
     assert lora(x).tolist() == [105, 211]
 
@@ -55,8 +55,8 @@ def test_conv1d_equals_the_linear_layer_it_is():
     second.A, second.B = first.A, first.B
     x = torch.randn(4, 6)
     torch.testing.assert_close(second(x), first(x))
-    assert second.merged_weight().shape == conv.weight.shape == (6, 9)
-    torch.testing.assert_close(second.merged_weight(), first.merged_weight().T)
+    assert second.merged_tensors()["weight"].shape == conv.weight.shape == (6, 9)
+    torch.testing.assert_close(second.merged_tensors()["weight"], first.merged_tensors()["weight"].T)
 
 
 def test_separate_loras_of_q_k_and_v_as_one_on_a_fused_layer():
@@ -81,7 +81,7 @@ def test_embedding_by_hand():
         lora.A.copy_(torch.tensor([[9.0, 0, 10, 0]]))
         lora.B.copy_(torch.tensor([[1.0], [2]]))
     assert lora(ids).tolist() == [[27, 55], [34, 65], [34, 65]]
-    assert lora.merged_weight().tolist() == [[27, 55], [2, 3], [34, 65], [6, 7]]
+    assert lora.merged_tensors()["weight"].tolist() == [[27, 55], [2, 3], [34, 65], [6, 7]]
     lora(ids).sum().backward()
     assert lora.A.grad.tolist() == [[0, 0, 18, 0]]  # 2 tokens x scale 3 x (1 + 2); the padding token learns nothing
 
@@ -145,8 +145,8 @@ def test_training_mode_of_the_base_is_kept():
     model = nn.ModuleDict({"proj": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4), nn.Dropout())})
     model["head"][1].eval()
     adapter = attach(model, LoRA(targets=("proj",), modules_to_save=("head",)))
-    assert [m.training for m in adapter.wrappers["head"].base] == [True, False]
-    assert [m.training for m in adapter.wrappers["head"].copy] == [True, False]
+    assert [m.training for m in adapter.parts["head"].base] == [True, False]
+    assert [m.training for m in adapter.parts["head"].copy] == [True, False]
 
 
 # ------------------------------------------------------------------------------------------------- bytes and dtypes

@@ -5,26 +5,20 @@ adapters must be equal before any number is compared.
 """
 
 import json
-import re
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
+from peft_pair import QUIET, assert_near, output_and_gradient, task, their_tensors
+from peft_pair import pair as pair_of
 from small_models import ALL, DECODERS, ENCODERS, WITH_BIASES, backward, batch, logits, names, small_model
 
 from utils import LoRA, attach, load_adapter
-from utils.checkpoint import CONFIG, PREFIX, WEIGHTS, file_tensors
+from utils.checkpoint import CONFIG, WEIGHTS, file_tensors
 from utils.methods.lora import DEFAULT_TARGETS
 
-peft = pytest.importorskip("peft")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),  # PEFT finds GPT-2's Conv1D out by itself
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # PEFT 0.21 on transformers 5.23
-]
-
-TOLERANCE = 1e-5  # of outputs and of gradients, both relative to the largest entry where that is above 1
+pytestmark = QUIET
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +29,6 @@ def same_masks(monkeypatch):
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
 
     monkeypatch.setattr("utils.methods.lora.dropout_mask", drawn_like_torch)
-
 
 
 def options(architecture):
@@ -75,48 +68,13 @@ def options(architecture):
     return table
 
 
-def task(architecture):
-    return {"t5": "SEQ_2_SEQ_LM"}.get(architecture, "SEQ_CLS" if architecture in ENCODERS else "CAUSAL_LM")
-
-
-def theirs(model, architecture, ours, extra):
-    """A PEFT model of the configuration, with every trained number random."""
+def pair(architecture, ours, extra, dtype=torch.float32, **settings):
+    """(our model, its adapter, PEFT's model) for our settings and PEFT's extra ones."""
     targets = ours.get("targets")
     fields = {"target_modules": list(targets) if isinstance(targets, tuple) else targets} | extra
     whole = {} if "modules_to_save" in fields or architecture not in ENCODERS else {"modules_to_save": ["classifier"]}
-    config = peft.LoraConfig(task_type=task(architecture), r=4, lora_alpha=6, **fields | whole)
-    model = peft.get_peft_model(model, config)
-    g = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=g)
-                start = 0 if "lora_" in name else parameter  # PEFT's own start is drawn anew each time
-                parameter.copy_(start + 0.2 * noise)
-    return model.eval()
-
-
-def their_tensors(model):
-    """Name in the file -> trained parameter of a PEFT model."""
-    trained = {n.removeprefix(PREFIX): p for n, p in model.named_parameters() if p.requires_grad}
-    return {re.sub(r"\.(default|modules_to_save)(?=\.|$)", "", n): p for n, p in trained.items()}
-
-
-def pair(architecture, ours, extra, dtype=torch.float32, **settings):
-    """(our model, its adapter, PEFT's model), the same numbers in both. Checks that both adapt the same modules."""
-    reference = theirs(small_model(architecture, dtype), architecture, ours, extra)
-    model = small_model(architecture, dtype)
-    adapter = attach(model, LoRA(r=4, alpha=6, **ours, **settings))
-    own, other = file_tensors(adapter), their_tensors(reference)
-    assert {n: p.shape for n, p in own.items()} == {n: p.shape for n, p in other.items()}
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(other[name])
-    return model, adapter, reference
-
-
-def assert_near(found, expected, tolerance=TOLERANCE):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * max(1, expected.abs().max().item()))
+    theirs = peft.LoraConfig(task_type=task(architecture), r=4, lora_alpha=6, **fields | whole)
+    return pair_of(architecture, LoRA(r=4, alpha=6, **ours, **settings), theirs, dtype)
 
 
 BRIEFLY = ("llama", "mistral")  # as llama_gqa in all but the numbers of heads
@@ -165,14 +123,6 @@ def test_outputs_gradients_and_files(architecture, option, tmp_path):
 # Of the length of the vector of all logits, and of that of all gradients, this part may be lost. PEFT loses as much:
 # with other seeds 0.7 to 2 % of the logits and 2 to 10 % of the gradients, where a ReLU or a softmax tips over.
 HALF_LOGITS, HALF_GRADIENT = 0.03, 0.15
-
-
-def output_and_gradient(model, tensors):
-    """Two vectors: all logits, and the gradients of all the tensors, in the order of their names."""
-    found = logits(model)
-    backward(found)
-    gradient = torch.cat([tensors[n].grad.float().flatten() for n in sorted(tensors)])
-    return found.detach().float().flatten(), gradient
 
 
 @pytest.mark.parametrize("architecture", ALL)

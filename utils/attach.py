@@ -15,9 +15,8 @@ import contextlib
 import torch
 from torch import nn
 
-from utils.hardware import tensor_bytes
-from utils.methods.wrapper import TrainedCopy
-from utils.targeting import base_parameters, called, core_of, pattern_value, select, shared_parameters, whole_modules
+from utils.methods.parts import TrainedCopy, Wrapper, size_of
+from utils.targeting import shared_parameters, whole_modules
 
 REGISTRY = "_attached_adapters"  # name -> Adapter, kept on the model itself
 
@@ -65,7 +64,7 @@ def attach(model, config, name="default"):
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is a {type(model).__name__}; attach needs a torch.nn.Module")
-    if not hasattr(config, "wrap"):
+    if not hasattr(config, "parts"):
         raise TypeError(f"the configuration is a {type(config).__name__}; attach needs one such as LoRA(r=8)")
     others = adapters(model)
     if name in others:
@@ -73,104 +72,68 @@ def attach(model, config, name="default"):
     merged = [n for n, a in others.items() if a.merged]
     if merged:
         raise ValueError(f"adapter {merged[0]!r} is merged into the weights: unmerge it before attaching another")
-    paths, whole = select(model, config), whole_modules(model, config)
-    for pattern in (config.rank_pattern, config.alpha_pattern):
-        unused = [k for k in pattern if not any(pattern_value({k: True}, p, False) for p in paths)]
-        if unused:
-            raise ValueError(f"no adapted module fits the pattern {', '.join(map(repr, unused))}")
-    wrappers = {}
-    for path in paths:
-        if not called(model, path):
-            raise ValueError(f"{path}: torch reads its weight without calling it, so a LoRA beside it would do nothing")
-        module = model.get_submodule(path)
-        r = pattern_value(config.rank_pattern, path, config.r)
-        alpha = pattern_value(config.alpha_pattern, path, config.alpha)
-        try:
-            wrappers[path] = config.wrap(module, r, alpha, config.dtype or adapter_dtype(core_of(module)))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    wrappers |= {path: TrainedCopy(model.get_submodule(path)) for path in whole}
-    return Adapter(model, config, name, wrappers)
-
-
-def adapter_dtype(module):
-    """The base's dtype, but float32 over half-precision and quantized weights: their steps are too coarse."""
-    dtype = getattr(getattr(module, "weight", None), "dtype", None)
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    whole = whole_modules(model, config)
+    parts = config.parts(model)
+    parts |= {path: TrainedCopy(model.get_submodule(path)) for path in whole}
+    biases = config.biases(model, parts) if hasattr(config, "biases") else {}
+    return Adapter(model, config, name, parts, biases)
 
 
 class Adapter:
     """A method attached to a model. Made by `attach` or `load_adapter`."""
 
-    def __init__(self, model, config, name, wrappers):
-        self.model, self.config, self.name, self.wrappers = model, config, name, wrappers
-        self.merged = False
+    def __init__(self, model, config, name, parts, biases):
+        self.model, self.config, self.name = model, config, name
+        self.parts = parts  # path in the model -> what was put there
+        self.biases = biases  # parameters of the model itself that this adapter trains, by name
+        self.active = self.merged = False
         self._was_trained = {n: p.requires_grad for n, p in model.named_parameters()} if not adapters(model) else None
-        self._kept_weights = {}  # the other of (base weight, merged weight), by path
-        self.biases = self._choose_biases()  # parameters of the model itself that this adapter trains
+        self._kept_weights = {}  # (path, name) -> the other of (base weight, merged weight)
         for other in adapters(model).values():
             other._set_active(False)  # before the base's biases are copied
         self._kept_biases = {n: p.detach().clone() for n, p in self.biases.items()}  # the values not in the model now
-        self._biases_in, self.trainable = False, True
+        self.trainable = True
         if not adapters(model):
             freeze(model)
-        for path, wrapper in wrappers.items():
-            model.set_submodule(path, wrapper)
+        for path, part in parts.items():
+            part.enter(model, path)
         model.__dict__.setdefault(REGISTRY, {})[name] = self
         self.activate()
 
-    def _choose_biases(self):
-        kind = getattr(self.config, "bias", "none")
-        if kind == "none":
-            return {}
-        names = {n: p for n, p in base_parameters(self.model) if n.rsplit(".", 1)[-1] == "bias"}
-        if kind == "lora_only":
-            names = {n: p for n, p in names.items() if n.rsplit(".", 1)[0] in self.wrappers}
-        whole = tuple(p + "." for p, w in self.wrappers.items() if isinstance(w, TrainedCopy))
-        names = {n: p for n, p in names.items() if not n.startswith(whole)}
-        if not names:
-            raise ValueError(f"bias={kind!r}, but there is no bias to train here: Llama-like layers have none")
-        return names
-
     # ---- what it is
-
-    @property
-    def active(self):
-        return all(w.active for w in self.wrappers.values())
 
     def named_parameters(self):
         """(name as in the file, parameter) of everything that is trained."""
-        for path, wrapper in self.wrappers.items():
-            for key, tensor in wrapper.tensors().items():
-                yield f"{path}.{key}", tensor
+        for path, part in self.parts.items():
+            for key, tensor in part.tensors().items():
+                yield f"{path}.{key}" if path else key, tensor
         yield from self.biases.items()
 
     def bias_values(self):
         """This adapter's values of the biases it trains, by name: kept aside while it is switched off."""
-        return self.biases if self._biases_in else self._kept_biases
+        return self.biases if self.active else self._kept_biases
 
     def parameters(self):
         """What an optimizer should get, and nothing else."""
         return [p for _, p in self.named_parameters()]
 
     def __repr__(self):
-        return f"Adapter({self.name!r}, {type(self.config).__name__}, {len(self.wrappers)} modules)"
+        return f"Adapter({self.name!r}, {type(self.config).__name__}, {len(self.parts)} modules)"
 
     def __str__(self):
-        trained = sum(p.numel() for p in self.parameters())
-        total = sum(p.numel() for p in self.model.parameters())
-        size = sum(tensor_bytes(p.shape, p.dtype) for p in self.parameters())
+        trained, size = size_of(self.parameters())
+        total, _ = size_of(self.model.parameters())
         state = "merged" if self.merged else "active" if self.active else "switched off"
         lines = [f"{type(self.config).__name__} adapter {self.name!r} on {type(self.model).__name__}, {state}"]
         groups = {}
-        for path, wrapper in self.wrappers.items():
-            groups.setdefault((path.rsplit(".", 1)[-1], wrapper_facts(wrapper)), []).append(wrapper)
-        width = max(len(last) for last, _ in groups)
+        for path, part in self.parts.items():
+            groups.setdefault((path.rsplit(".", 1)[-1] or "model", part.facts()), []).append(part)
+        width = max((len(last) for last, _ in groups), default=0)
         for (last, facts), found in groups.items():
-            numbers = sum(t.numel() for w in found for t in w.tensors().values())
+            numbers, _ = size_of(t for part in found for t in part.tensors().values())
             lines.append(f"  {last:<{width}}  {len(found):>3} x {facts}  {numbers:>12,} numbers")
         if self.biases:
-            lines.append(f"  biases {len(self.biases)}  {sum(p.numel() for p in self.biases.values()):,} numbers")
+            lines.append(f"  biases {len(self.biases)}  {size_of(self.biases.values())[0]:,} numbers")
         lines.append(f"trains {trained:,} of {total:,} numbers ({100 * trained / total:.2f} %), {size:,} bytes")
         return "\n".join(lines)
 
@@ -186,14 +149,14 @@ class Adapter:
             other._set_active(other is self)
 
     def _set_active(self, on):
-        for wrapper in self.wrappers.values():
-            wrapper.active = on
-        if on == self._biases_in:
+        for part in self.parts.values():
+            part.active = on
+        if on == self.active:
             return  # the biases in the model now may be another adapter's
         for name, parameter in self.biases.items():
             parameter.data, self._kept_biases[name] = self._kept_biases[name].to(parameter), parameter.data
             parameter.requires_grad = on and self.trainable
-        self._biases_in = on
+        self.active = on
 
     @contextlib.contextmanager
     def disabled(self):
@@ -229,24 +192,27 @@ class Adapter:
             raise ValueError(f"adapter {self.name!r} is switched off: activate it before merging")
         merged = {}
         shared = shared_parameters(self.model)
-        for path, wrapper in self.wrappers.items():
-            if isinstance(wrapper, TrainedCopy):
+        for path, part in self.parts.items():
+            if isinstance(part, TrainedCopy):
                 continue
-            if not wrapper.mergeable:
-                raise ValueError(f"{path}: a {type(wrapper).__name__} is no change of a weight, so it cannot be merged")
-            twins = [n for n in shared.get(id(wrapper.core.weight), []) if n != f"{path}.weight"]
-            if twins:
-                raise ValueError(
-                    f"{path}.weight is the same tensor as {twins[0]}: merging would change both. Leave it unmerged, or "
-                    f"give {path} a weight of its own first (module.weight = nn.Parameter(module.weight.clone()))"
-                )
+            if not part.mergeable:
+                raise ValueError(f"{path}: a {type(part).__name__} {part.why_not}, so it cannot be merged")
             with torch.no_grad():
                 try:
-                    merged[path] = wrapper.merged_weight()
+                    tensors = part.merged_tensors()
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from None
-            if not torch.isfinite(merged[path]).all():
-                raise ValueError(f"{path}: the merged weight would not be finite; nothing was merged")
+            for name, tensor in tensors.items():
+                whole_name = f"{path}.{name}"
+                twins = [n for n in shared.get(id(getattr(part.core, name)), []) if n != whole_name]
+                if twins:
+                    raise ValueError(
+                        f"{whole_name} is the same tensor as {twins[0]}: merging would change both. Leave it unmerged or "
+                        f"give {path} a {name} of its own first (module.{name} = nn.Parameter(module.{name}.clone()))"
+                    )
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{path}: the merged {name} would not be finite; nothing was merged")
+                merged[path, name] = tensor
         self._kept_weights = merged
         self._swap_weights()
 
@@ -259,12 +225,14 @@ class Adapter:
         self._kept_weights = {}
 
     def _swap_weights(self):
-        for path, kept in self._kept_weights.items():
-            wrapper = self.wrappers[path]
-            weight = wrapper.core.weight
-            self._kept_weights[path], weight.data = weight.data, kept.to(weight)  # it may have moved meanwhile
-            wrapper.merged = not self.merged
+        for (path, name), kept in self._kept_weights.items():
+            parameter = getattr(self.parts[path].core, name)
+            # it may have moved meanwhile
+            self._kept_weights[path, name], parameter.data = parameter.data, kept.to(parameter)
         self.merged = not self.merged
+        for part in self.parts.values():
+            if isinstance(part, Wrapper) and not isinstance(part, TrainedCopy):
+                part.merged = self.merged
 
     # ---- leaving
 
@@ -288,14 +256,8 @@ class Adapter:
         if self.merged:
             self.unmerge()
         self._set_active(False)
-        for path, wrapper in self.wrappers.items():
-            above = self.model.get_submodule(path)
-            if above is wrapper:
-                self.model.set_submodule(path, wrapper.base)
-                continue
-            while above.base is not wrapper:
-                above = above.base
-            above.base = wrapper.base
+        for path, part in self.parts.items():
+            part.leave(self.model, path)
         registry = getattr(self.model, REGISTRY)
         del registry[self.name]
         if registry:
@@ -310,10 +272,3 @@ class Adapter:
         if adapters(self.model).get(self.name) is not self:
             raise ValueError(f"adapter {self.name!r} was detached: attach or load it again")
 
-
-def wrapper_facts(wrapper):
-    """One line of the report: shape, rank and scale, or that the module is trained whole."""
-    if isinstance(wrapper, TrainedCopy):
-        return f"{type(wrapper.copy).__name__}, trained whole"
-    d_out, d_in = wrapper.B.shape[0], wrapper.A.shape[1]
-    return f"({d_out}, {d_in})  r={wrapper.r}  alpha={wrapper.alpha:g}  scale {wrapper.scale:.4g}"

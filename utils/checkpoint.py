@@ -3,6 +3,11 @@
 A folder with two files, which `peft.PeftModel.from_pretrained` reads as well:
     adapter_config.json          the method and its settings
     adapter_model.safetensors    the trained tensors, named base_model.model.<module path>.<tensor>
+and for methods that train through an encoder, of which PEFT keeps only the result, a third one:
+    training_state.safetensors   what is needed to go on training
+
+A method that PEFT does not have is written in a format of our own: the same two files, but the configuration says
+"format": "peft-from-scratch", its version, and the method's own settings instead of a peft_type.
 
 Only safetensors are read: a pickle can run code when it is opened. A file must hold exactly the tensors that its
 configuration means on this model. Too few, too many, another shape or a number that is not finite is an error that
@@ -12,6 +17,7 @@ names them, and the model stays as it was.
 import json
 import os
 import re
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,28 +26,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from utils.attach import adapters, attach
-from utils.methods.lora import LoRA
-from utils.methods.wrapper import TrainedCopy, Wrapper
+from utils.methods.parts import Guest, TrainedCopy, Wrapper
+from utils.methods.registry import HOME, method, peft_method
 from utils.paths import ROOT
 from utils.targeting import base_parameters, inside, module_tree, used_names
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
 PREFIX = "base_model.model."
+FORMAT, VERSION = "peft-from-scratch", 1
 TASKS = {
     "CausalLM": "CAUSAL_LM",
+    "LMHead": "CAUSAL_LM",
     "SequenceClassification": "SEQ_CLS",
     "TokenClassification": "TOKEN_CLS",
     "ConditionalGeneration": "SEQ_2_SEQ_LM",
     "QuestionAnswering": "QUESTION_ANS",
 }
-# Settings of PEFT's that change the computation and are not LoRA's: a file that sets one is not ours to read.
-OTHER_METHODS = (
-    "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "megatron_config",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "velora_config", "monteclora_config",
-    "kasa_config",
-)  # fmt: skip
-# PEFT's other ways to begin (PiSSA, OLoRA, LoftQ, ...) change the base weights too, so such a file needs that base.
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -52,11 +52,17 @@ def save_adapter(adapter, path):
 
     raises ValueError for tensors that are not finite, OSError if the folder cannot be written; then no file changes
     """
-    tensors = {PREFIX + n: p.detach().cpu().contiguous().clone() for n, p in file_tensors(adapter).items()}
-    broken = [n for n, t in tensors.items() if not torch.isfinite(t).all()]
-    if broken:
-        raise ValueError(f"{len(broken)} tensors hold NaN or infinity, {broken[0]} among them: nothing was written")
-    files = {WEIGHTS: save(tensors, metadata={"format": "pt"}), CONFIG: json.dumps(to_peft(adapter), indent=2).encode()}
+    contents = {WEIGHTS: {to_file(n, adapter.config): t for n, t in file_tensors(adapter).items()}}
+    if state := state_tensors(adapter):
+        contents[STATE] = state
+    files = {}
+    for file, tensors in contents.items():
+        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+        broken = [n for n, t in tensors.items() if not torch.isfinite(t).all()]
+        if broken:
+            raise ValueError(f"{len(broken)} tensors hold NaN or infinity, {broken[0]} among them: nothing was written")
+        files[file] = save(tensors, metadata={"format": "pt"})
+    files[CONFIG] = json.dumps(config_fields(adapter), indent=2).encode()
     path = Path(path)
     parts = {path / (name + ".part"): path / name for name in files}
     try:
@@ -88,9 +94,12 @@ def export_model(adapter, path):
     if not was_merged:
         adapter.merge()
     wrappers = {spot: m for spot, m in module_tree(model) if isinstance(m, Wrapper)}
+    guests = [(spot, p) for a in adapters(model).values() for spot, p in a.parts.items() if isinstance(p, Guest)]
     try:
+        for spot, guest in guests:
+            guest.leave(model, spot)
         for spot, wrapper in wrappers.items():
-            own = adapter.wrappers.get(spot)
+            own = adapter.parts.get(spot)
             model.set_submodule(spot, own.copy if isinstance(own, TrainedCopy) else wrapper.core)
         model.save_pretrained(path)
     except OSError as error:
@@ -98,6 +107,8 @@ def export_model(adapter, path):
     finally:
         for spot, wrapper in wrappers.items():
             model.set_submodule(spot, wrapper)
+        for spot, guest in guests:
+            guest.enter(model, spot)
         if not was_merged:
             adapter.unmerge()
     return path
@@ -106,41 +117,67 @@ def export_model(adapter, path):
 def file_tensors(adapter):
     """Name in the file, without the prefix -> tensor. Biases of adapted layers live in PEFT's `base_layer`."""
     tensors = {}
-    for name, tensor in (dict(adapter.named_parameters()) | adapter.bias_values()).items():
+    for path, part in adapter.parts.items():
+        for key, tensor in part.exported().items():
+            tensors[key if part.nameless or not path else f"{path}.{key}"] = tensor
+    for name, tensor in adapter.bias_values().items():
         module = name.rsplit(".", 1)[0]
-        wrapped = name in adapter.biases and module in adapter.wrappers
-        tensors[f"{module}.base_layer.bias" if wrapped else name] = tensor
+        tensors[f"{module}.base_layer.bias" if module in adapter.parts else name] = tensor
     return tensors
 
 
-def to_peft(adapter):
+def state_tensors(adapter):
+    """Name -> tensor of what only further training needs."""
+    return {
+        f"{path}.{key}" if path else key: tensor
+        for path, part in adapter.parts.items()
+        for key, tensor in part.training_state().items()
+    }
+
+
+def to_file(name, config):
+    """A tensor's name in the file. Prompt methods have a shorter prefix in PEFT, and none before their one tensor."""
+    if name in getattr(config, "bare_names", ()):
+        return name
+    return getattr(config, "file_prefix", PREFIX) + name
+
+
+def config_fields(adapter):
     """The fields of adapter_config.json. A dict with sorted lists, so that the same adapter writes the same bytes."""
     config, model = adapter.config, adapter.model
-    adapted = [p for p, w in adapter.wrappers.items() if not isinstance(w, TrainedCopy)]
-    whole = sorted(p for p, w in adapter.wrappers.items() if isinstance(w, TrainedCopy))
-    settings, targets = getattr(model, "config", None), config.targets
+    base = {"base_model_name_or_path": base_name(getattr(model, "config", None))}
+    if not getattr(config, "peft_type", None):
+        kind = {"format": FORMAT, "format_version": VERSION, "method": type(config).__name__}
+        return kind | base | {"settings": own_settings(config)}
+    whole = sorted(p for p, part in adapter.parts.items() if isinstance(part, TrainedCopy))
+    fields = {
+        "peft_type": config.peft_type,
+        "task_type": next((t for part, t in TASKS.items() if part in type(model).__name__), None),
+        **base,
+        "modules_to_save": whole or None,
+        "inference_mode": True,
+    }
+    if hasattr(config, "targets"):
+        adapted = [p for p, part in adapter.parts.items() if not isinstance(part, TrainedCopy)]
+        fields["target_modules"] = peft_targets(config, model, adapted)
+        fields["fan_in_fan_out"] = any(type(adapter.parts[p].core).__name__ == "Conv1D" for p in adapted)
+    return fields | config.to_peft(adapter)
+
+
+def peft_targets(config, model, adapted):
+    """`target_modules` for PEFT's file: names or a regular expression that mean exactly the paths in `adapted`."""
+    targets = config.targets
     if targets is None:
-        targets = config.default_targets(settings.model_type)
+        targets = config.default_targets(model.config.model_type)
     if targets == "all-linear" or config.exclude or config.layers is not None:
         # Written out, so that every reader means the same modules: PEFT counts layers in another way than we do.
         targets = shortest_names(adapted, [p for p, _ in module_tree(model)])
-    return {
-        "peft_type": "LORA",
-        "task_type": next((t for part, t in TASKS.items() if part in type(model).__name__), None),
-        "base_model_name_or_path": base_name(settings),
-        "r": config.r,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.scaling == "rslora",
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
-        "modules_to_save": whole or None,
-        "bias": config.bias,
-        "fan_in_fan_out": any(type(adapter.wrappers[p].core).__name__ == "Conv1D" for p in adapted),
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
+    return targets if isinstance(targets, str) else sorted(targets)
+
+
+def own_settings(config):
+    """The settings of a method that PEFT has not, as JSON has them. A dtype is how a run computes, not what it made."""
+    return {f.name: getattr(config, f.name) for f in dataclass_fields(config) if f.name != "dtype"}
 
 
 def base_name(settings):
@@ -172,16 +209,16 @@ def load_adapter(model, path, name="default", trainable=True):
         raise TypeError(f"the model is a {type(model).__name__}; load_adapter needs the model first, then the folder")
     before = [a for a in adapters(model).values() if a.active]
     folder = find_folder(path)
-    fields = read_config(folder / CONFIG)
-    tensors = read_tensors(folder)
     try:
-        config = in_peft_terms(from_peft(fields), [p for p, _ in module_tree(model) if p])
+        config = read_method(read_config(folder / CONFIG), model)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
+    tensors = read_tensors(folder / WEIGHTS, config)
+    state = read_state(folder / STATE)
     adapter = None
     try:
         adapter = attach(model, config, name)
-        fill(adapter, tensors)
+        fill(adapter, tensors, state, trainable)
     except ValueError as error:
         if adapter is not None:
             adapter.detach()
@@ -205,7 +242,7 @@ def find_folder(path):
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(str(path), allow_patterns=[CONFIG, WEIGHTS, STATE]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"there is no folder {path} here, and the hub did not give it ({type(error).__name__})"
@@ -224,30 +261,33 @@ def read_config(file):
     return fields
 
 
-def from_peft(fields):
-    """The LoRA that an adapter_config.json describes, or ValueError for what is not plain LoRA."""
-    kind = fields.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"peft_type is {kind!r}; this version reads 'LORA'")
-    others = [name for name in OTHER_METHODS if fields.get(name)]
-    if fields.get("init_lora_weights") not in PLAIN_INITS:
-        others.append(f"init_lora_weights={fields['init_lora_weights']!r}")
-    if others:
-        raise ValueError(f"the file uses {', '.join(others)}, which is not plain LoRA")
-    layers = fields.get("layers_to_transform")
-    return LoRA(
-        r=fields.get("r", 8),
-        alpha=fields.get("lora_alpha", 8),
-        targets=fields.get("target_modules"),
-        scaling="rslora" if fields.get("use_rslora") else "standard",
-        dropout=fields.get("lora_dropout", 0.0),
-        layers=((layers,) if isinstance(layers, int) else layers) or None,
-        exclude=fields.get("exclude_modules") or (),
-        rank_pattern=fields.get("rank_pattern") or {},
-        alpha_pattern=fields.get("alpha_pattern") or {},
-        bias=fields.get("bias", "none"),
-        modules_to_save=fields.get("modules_to_save") or (),
-    )
+def read_method(fields, model):
+    """The configuration that an adapter_config.json describes for this model.
+
+    raises ValueError for a method, a version or a setting that this package does not know
+    """
+    if fields.get("format") == FORMAT:
+        return read_own(fields)
+    try:
+        config = peft_method(fields).from_peft(fields)
+    except TypeError as error:
+        raise ValueError(f"a setting has the wrong type: {error}") from None
+    return in_peft_terms(config, [p for p, _ in module_tree(model) if p])
+
+
+def read_own(fields):
+    """The configuration in a file of our own format."""
+    if fields.get("format_version") != VERSION:
+        raise ValueError(f"format_version is {fields.get('format_version')!r}; this version reads {VERSION}")
+    name, values = fields.get("method"), fields.get("settings")
+    if name not in HOME:
+        raise ValueError(f"method is {name!r}; this version reads {', '.join(HOME)}")
+    if not isinstance(values, dict):
+        raise ValueError("it holds no settings")
+    known = {f.name for f in dataclass_fields(method(name))}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{name} has no setting {', '.join(unknown)}")
+    return method(name)(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def in_peft_terms(config, paths):
@@ -259,6 +299,8 @@ def in_peft_terms(config, paths):
     may fit nothing.
     """
     whole = tuple(p for p in paths if p.endswith(config.modules_to_save))
+    if not hasattr(config, "targets"):
+        return replace(config, modules_to_save=whole)
     targets = config.targets
     if isinstance(targets, tuple):
         outside = [p for p in paths if not any(inside(p, w) for w in whole)]
@@ -267,31 +309,48 @@ def in_peft_terms(config, paths):
     return replace(config, targets=targets, modules_to_save=whole, exclude=used_names(paths, config.exclude))
 
 
-def read_tensors(folder):
-    """The tensors of a folder's safetensors file, names without PEFT's prefix."""
-    file = folder / WEIGHTS
+def read_tensors(file, config):
+    """The tensors of an adapter's safetensors file, names without PEFT's prefix."""
     if not file.exists():
-        pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        pickles = [f.name for f in file.parent.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
         if pickles:
-            raise ValueError(f"{folder / pickles[0]} is a pickle: opening one can run code, so only {WEIGHTS} is read")
-        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}")
+            raise ValueError(
+                f"{file.parent / pickles[0]} is a pickle: opening one can run code, so only {WEIGHTS} is read"
+            )
+        raise FileNotFoundError(f"{file.parent} holds no {WEIGHTS}")
+    tensors = open_tensors(file)
+    prefix, bare = getattr(config, "file_prefix", PREFIX), getattr(config, "bare_names", ())
+    strangers = [n for n in tensors if not n.startswith(prefix) and n not in bare]
+    if strangers:
+        raise ValueError(f"{file} names its tensors in another way than PEFT: {strangers[0]}")
+    # With bias="all" PEFT also writes the biases inside its wrapper of a head: of two copies the trained one counts.
+    tensors = {n: t for n, t in tensors.items() if ".original_module." not in n}
+    return {re.sub(r"\.(modules_to_save|default)(?=\.)", "", n.removeprefix(prefix)): t for n, t in tensors.items()}
+
+
+def read_state(file):
+    """The tensors of the file for further training, {} if there is none."""
+    return open_tensors(file) if file.exists() else {}
+
+
+def open_tensors(file):
+    """What a safetensors file holds; ValueError for a damaged one, or one with NaN or infinity."""
     try:
         tensors = load(file.read_bytes())
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None
-    strangers = [n for n in tensors if not n.startswith(PREFIX)]
-    if strangers:
-        raise ValueError(f"{file} names its tensors in another way than PEFT: {strangers[0]}")
     broken = [n for n, t in tensors.items() if not torch.isfinite(t).all()]
     if broken:
         raise ValueError(f"{len(broken)} tensors in {file} hold NaN or infinity, {broken[0]} among them")
-    # With bias="all" PEFT also writes the biases inside its wrapper of a head: of two copies the trained one counts.
-    tensors = {n: t for n, t in tensors.items() if ".original_module." not in n}
-    return {re.sub(r"\.(modules_to_save|default)(?=\.)", "", n.removeprefix(PREFIX)): t for n, t in tensors.items()}
+    return tensors
 
 
-def fill(adapter, tensors):
-    """Copy tensors into an adapter's parameters; ValueError unless names and shapes are exactly the adapter's."""
+def fill(adapter, tensors, state, trainable):
+    """Copy tensors into an adapter's parameters; ValueError unless names and shapes are exactly the adapter's.
+
+    tensors: of the main file   state: of the file for further training, {} if there was none
+    trainable: whether the adapter is to be trained further
+    """
     own = file_tensors(adapter)
     base = dict(base_parameters(adapter.model))
     extra = []
@@ -302,17 +361,34 @@ def fill(adapter, tensors):
             extra.append(name)
         elif twin.shape != tensors[name].shape or not torch.equal(twin.cpu(), tensors[name].to(twin.dtype)):
             raise ValueError(f"{name} in the file differs from the model's: it was trained on another base")
+    demand(own, {n: t for n, t in tensors.items() if n not in base or n in own}, extra)
+    own_state = state_tensors(adapter)
+    if state and own_state:
+        demand(own_state, state, state.keys() - own_state.keys(), f" in {STATE}")
+    with torch.no_grad():
+        for path, part in adapter.parts.items():
+            start = "" if part.nameless or not path else path + "."
+            rest = path + "." if path else ""
+            part.load(
+                {key: tensors[start + key] for key in part.exported()},
+                {key: state[rest + key] for key in part.training_state()} if state else None,
+                trainable,
+            )
+        for name, parameter in adapter.bias_values().items():
+            module = name.rsplit(".", 1)[0]
+            parameter.copy_(tensors[f"{module}.base_layer.bias" if module in adapter.parts else name])
+
+
+def demand(own, found, extra, where=""):
+    """Raise ValueError unless the tensors found are the own ones by name and shape. extra: names that have no place"""
     problems = [
-        (f"{len(names)} tensors {what}: {', '.join(sorted(names)[:3])}")
+        (f"{len(names)} tensors {what}{where}: {', '.join(sorted(names)[:3])}")
         for what, names in (
-            ("are missing", own.keys() - tensors.keys()),
+            ("are missing", own.keys() - found.keys()),
             ("have no place", extra),
-            ("have another shape", [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]),
+            ("have another shape", [n for n in own.keys() & found.keys() if own[n].shape != found[n].shape]),
         )
         if names
     ]
     if problems:
         raise ValueError("; ".join(problems))
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])

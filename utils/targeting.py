@@ -6,7 +6,7 @@ import re
 from torch import nn
 
 from utils.methods.layers import is_conv1d
-from utils.methods.wrapper import Wrapper
+from utils.methods.parts import Guest, TrainedCopy, Wrapper, adapter_dtype, core_of
 
 
 def match_targets(names, targets):
@@ -31,11 +31,12 @@ def matches(name, pattern):
 
 
 def module_tree(module, prefix=""):
-    """(path, module) of every module, with a wrapper standing for what it wraps."""
+    """(path, module) of every module, with a wrapper standing for what it wraps, and without guests."""
     yield prefix, module
     if not isinstance(module, Wrapper):
         for name, child in module.named_children():
-            yield from module_tree(child, f"{prefix}.{name}" if prefix else name)
+            if not isinstance(child, Guest):
+                yield from module_tree(child, f"{prefix}.{name}" if prefix else name)
 
 
 def task_head(model):
@@ -115,10 +116,6 @@ def is_linear(module):
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def core_of(module):
-    return module.core if isinstance(module, Wrapper) else module
-
-
 def near_names(paths, targets):
     """A sentence with the module names that resemble what was asked for."""
     last = sorted({p.rsplit(".", 1)[-1] for p in paths if not p.rsplit(".", 1)[-1].isdigit()})
@@ -140,9 +137,56 @@ def whole_modules(model, config):
         above = [other for other in found if other != path and inside(path, other)]
         if above:
             raise ValueError(f"modules_to_save: {path} is a part of {above[0]}, which is trained whole already")
-        if any(isinstance(m, Wrapper) for m in modules[path].modules()):
+        if any(isinstance(m, (Wrapper, Guest)) for m in modules[path].modules()):
             raise ValueError(f"modules_to_save: another adapter is attached inside {path}; detach it first")
     return found
+
+
+def wrap_targets(model, config):
+    """The wrappers of a method that works on single modules: {path: wrapper}.
+
+    config: has `targets`, `layers`, `exclude`, `dtype`, `default_targets` and `wrap(module, path, dtype)`
+    raises ValueError, which names the module, for one that the method cannot adapt
+    """
+    wrappers = {}
+    for path in select(model, config):
+        if not called(model, path):
+            method = type(config).__name__
+            raise ValueError(
+                f"{path}: torch reads its weight without calling it, so a {method} beside it would do nothing"
+            )
+        module = model.get_submodule(path)
+        try:
+            wrappers[path] = config.wrap(module, path, config.dtype or adapter_dtype(core_of(module)))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return wrappers
+
+
+def all_used(patterns, paths):
+    """Raise ValueError unless every key of these {name or regex: value} dicts fits one of the paths."""
+    for pattern in patterns:
+        unused = [k for k in pattern if not any(pattern_value({k: True}, p, False) for p in paths)]
+        if unused:
+            raise ValueError(f"no adapted module fits the pattern {', '.join(map(repr, unused))}")
+
+
+def chosen_biases(model, parts, kind):
+    """{name: parameter} of the model's own biases that are trained beside the parts.
+
+    kind: "none", "all", or "lora_only" for those of the wrapped layers
+    raises ValueError when there is none to train
+    """
+    if kind == "none":
+        return {}
+    names = {n: p for n, p in base_parameters(model) if n.rsplit(".", 1)[-1] == "bias"}
+    if kind == "lora_only":
+        names = {n: p for n, p in names.items() if n.rsplit(".", 1)[0] in parts}
+    whole = tuple(p + "." for p, part in parts.items() if isinstance(part, TrainedCopy))
+    names = {n: p for n, p in names.items() if not n.startswith(whole)}
+    if not names:
+        raise ValueError(f"bias={kind!r}, but there is no bias to train here: Llama-like layers have none")
+    return names
 
 
 def called(model, path):

@@ -22,7 +22,8 @@ from torch import nn
 
 from utils.methods import settings
 from utils.methods.layers import is_conv1d, linear_shape, plain_weight
-from utils.methods.wrapper import Wrapper
+from utils.methods.parts import Wrapper, core_of
+from utils.targeting import all_used, chosen_biases, pattern_value, wrap_targets
 
 # ---------------------------------------------------------------------------------------------- the equations
 
@@ -201,16 +202,19 @@ class LoRALinear(Wrapper):
         with torch.autocast(device, enabled=False):
             return LoRAFunction.apply(x, weight, layer.bias, self.A, self.B, scale, mask)
 
-    def merged_weight(self):
+    def merged_tensors(self):
         """The core's weight with the update in it, stored as the core stores it."""
         weight = plain_weight(self.core)
         if weight is None:
             raise ValueError(f"a {type(self.core).__name__} cannot take an update into its weight: dequantize it first")
         merged = lora_merge(weight, self.A, self.B, self.scale * self.r)
-        return merged.T.contiguous() if is_conv1d(self.core) else merged
+        return {"weight": merged.T.contiguous() if is_conv1d(self.core) else merged}
 
     def tensors(self):
         return {"lora_A.weight": self.A, "lora_B.weight": self.B}
+
+    def facts(self):
+        return lora_facts(self)
 
 
 class LoRAEmbedding(Wrapper):
@@ -238,11 +242,21 @@ class LoRAEmbedding(Wrapper):
         y = self.inner(ids)
         return y + (factor * F.linear(rows, self.B)).to(y.dtype)
 
-    def merged_weight(self):
-        return lora_merge(self.core.weight.T, self.A, self.B, self.scale * self.r).T.contiguous()
+    def merged_tensors(self):
+        merged = lora_merge(self.core.weight.T, self.A, self.B, self.scale * self.r)
+        return {"weight": merged.T.contiguous()}
 
     def tensors(self):
         return {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
+
+    def facts(self):
+        return lora_facts(self)
+
+
+def lora_facts(part):
+    """One line of the report: the shape of W, rank and scale."""
+    shape = (part.B.shape[0], part.A.shape[1])
+    return f"{shape}  r={part.r}  alpha={part.alpha:g}  scale {part.scale:.4g}"
 
 
 def dropout_mask(x, p):
@@ -266,6 +280,16 @@ DEFAULT_TARGETS = {
     ("c_attn",): "gpt2 gpt_bigcode".split(),
     ("query_key_value",): "gpt_neox bloom falcon".split(),
 }
+
+
+# Settings of PEFT's that change the computation and are not LoRA's: a file that sets one is not ours to read.
+NOT_PLAIN = (
+    "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "megatron_config",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "velora_config", "monteclora_config",
+    "kasa_config",
+)  # fmt: skip
+# PEFT's other ways to begin (PiSSA, OLoRA, LoftQ, ...) change the base weights too, so such a file needs that base.
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -299,6 +323,8 @@ class LoRA:
     init: str = "uniform"
     dtype: torch.dtype | None = None
 
+    peft_type = "LORA"
+
     def __post_init__(self):
         settings.rank(self.r)
         settings.positive("alpha", self.alpha)
@@ -326,13 +352,58 @@ class LoRA:
         """The usual targets of a model family (config.model_type), as PEFT has them, or None."""
         return next((targets for targets, families in DEFAULT_TARGETS.items() if family in families), None)
 
-    def wrap(self, module, r, alpha, dtype):
+    def parts(self, model):
+        """{path: wrapper} for every matched module."""
+        wrappers = wrap_targets(model, self)
+        all_used((self.rank_pattern, self.alpha_pattern), wrappers)
+        return wrappers
+
+    def biases(self, model, parts):
+        return chosen_biases(model, parts, self.bias)
+
+    def wrap(self, module, path, dtype):
         """The wrapper for one matched module, or ValueError when LoRA has no form for it."""
-        core = module.core if isinstance(module, Wrapper) else module
+        core = core_of(module)
         if isinstance(core, nn.Embedding):
             kind = LoRAEmbedding
         elif isinstance(core, nn.Linear) or is_conv1d(core):
             kind = LoRALinear
         else:
             raise ValueError(f"LoRA adapts nn.Linear, Conv1D and nn.Embedding, not {type(core).__name__}")
+        r = pattern_value(self.rank_pattern, path, self.r)
+        alpha = pattern_value(self.alpha_pattern, path, self.alpha)
         return kind(module, r, alpha, self.scaling, self.dropout, self.init, dtype)
+
+    # ---- PEFT's file
+
+    def to_peft(self, adapter):
+        """The fields of adapter_config.json that are LoRA's own."""
+        return {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.scaling == "rslora",
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "bias": self.bias,
+            "init_lora_weights": True,
+        }
+
+    @classmethod
+    def from_peft(cls, fields):
+        """The configuration that such a file describes, or ValueError for what is not plain LoRA."""
+        others = [name for name in NOT_PLAIN if fields.get(name)]
+        if fields.get("init_lora_weights") not in PLAIN_INITS:
+            others.append(f"init_lora_weights={fields['init_lora_weights']!r}")
+        if others:
+            raise ValueError(f"the file uses {', '.join(others)}, which is not plain LoRA")
+        return cls(
+            r=fields.get("r", 8),
+            alpha=fields.get("lora_alpha", 8),
+            scaling="rslora" if fields.get("use_rslora") else "standard",
+            dropout=fields.get("lora_dropout", 0.0),
+            rank_pattern=fields.get("rank_pattern") or {},
+            alpha_pattern=fields.get("alpha_pattern") or {},
+            bias=fields.get("bias", "none"),
+            **settings.peft_targets(fields),
+        )

@@ -86,3 +86,14 @@ def one_of(setting, value, known):
     if value not in known:
         raise ValueError(f"{setting} is {value!r}; it can be {', '.join(map(repr, known))}")
     return value
+
+
+def peft_targets(fields):
+    """Which modules an adapter_config.json means, as the settings of ours that say so."""
+    layers = fields.get("layers_to_transform")
+    return {
+        "targets": fields.get("target_modules"),
+        "layers": ((layers,) if isinstance(layers, int) else layers) or None,
+        "exclude": fields.get("exclude_modules") or (),
+        "modules_to_save": fields.get("modules_to_save") or (),
+    }
