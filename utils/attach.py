@@ -207,8 +207,9 @@ class Adapter:
                 twins = [n for n in shared.get(id(getattr(part.core, name)), []) if n != whole_name]
                 if twins:
                     raise ValueError(
-                        f"{whole_name} is the same tensor as {twins[0]}: merging would change both. Leave it unmerged or "
-                        f"give {path} a {name} of its own first (module.{name} = nn.Parameter(module.{name}.clone()))"
+                        f"{whole_name} is the same tensor as {twins[0]}: merging would change both. Leave it "
+                        f"unmerged, or give {path} a {name} of its own first "
+                        f"(module.{name} = nn.Parameter(module.{name}.clone()))"
                     )
                 if not torch.isfinite(tensor).all():
                     raise ValueError(f"{path}: the merged {name} would not be finite; nothing was merged")
