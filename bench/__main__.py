@@ -8,6 +8,7 @@ import platform
 
 import torch
 
+from bench import common
 from utils.paths import ROOT
 
 NAMES = ("lora",)
@@ -29,13 +30,13 @@ def main():
             "command": f"python -m bench {name} --repeats {arguments.repeats}",
             "date": datetime.date.today().isoformat(),
             "device": f"one thread of {_cpu()}",
-            "versions": {"python": platform.python_version(), **{m: _version(m) for m in bench.VERSIONS}},
+            "versions": {"python": platform.python_version(), **{m: _version(m) for m in common.VERSIONS}},
             "rows": rows,
         }
         path = ROOT / "build" / "bench" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
-        print(bench.table(rows))
+        print(common.table(bench.TITLE, rows))
         print(f"{record['device']}; written to {path.relative_to(ROOT)}")
 
 
