@@ -15,6 +15,7 @@ help:
 	@echo "make collect     CH=02_lora FROM=folder: take in a class's submissions"
 	@echo "make grade       CH=02_lora: grade them with nbgrader, into build/grading"
 	@echo "make test-floor  run the unit tests on the oldest versions that pyproject.toml allows"
+	@echo "make compare-adapters  record what AdapterHub's adapters 1.3 computes, and compare with it"
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; PYTHON=/path/to/python3.11 make ... names one.")'
@@ -54,4 +55,14 @@ grade: $(VENV)/ready
 test-floor: .venv-floor/ready
 	@OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -q -n 2 --dist loadfile tests
 
-.PHONY: help run test lab bench build collect grade test-floor
+.venv-adapters/ready:
+	@echo "Setting up .venv-adapters: adapters 1.3 needs an older transformers."
+	@$(PYTHON) -m venv .venv-adapters
+	@.venv-adapters/bin/python -m pip install --quiet --disable-pip-version-check adapters==1.3.0 $$(grep ^torch= constraints.txt)
+	@touch $@
+
+compare-adapters: .venv-adapters/ready $(VENV)/ready
+	@OMP_NUM_THREADS=1 .venv-adapters/bin/python tests/record_adapters.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_adapters_library.py
+
+.PHONY: help run test lab bench build collect grade test-floor compare-adapters
