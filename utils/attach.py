@@ -15,7 +15,7 @@ import contextlib
 import torch
 from torch import nn
 
-from utils.methods.parts import TrainedCopy, Wrapper, size_of
+from utils.methods.parts import TrainedCopy, size_of
 from utils.targeting import shared_parameters, whole_modules
 
 REGISTRY = "_attached_adapters"  # name -> Adapter, kept on the model itself
@@ -232,7 +232,7 @@ class Adapter:
             self._kept_weights[path, name], parameter.data = parameter.data, kept.to(parameter)
         self.merged = not self.merged
         for part in self.parts.values():
-            if isinstance(part, Wrapper) and not isinstance(part, TrainedCopy):
+            if part.mergeable:
                 part.merged = self.merged
 
     # ---- leaving

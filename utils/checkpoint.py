@@ -158,7 +158,8 @@ def config_fields(adapter):
         "inference_mode": True,
     }
     if hasattr(config, "targets"):
-        adapted = [p for p, part in adapter.parts.items() if not isinstance(part, TrainedCopy)]
+        wrappers = [p for p, part in adapter.parts.items() if isinstance(part, Wrapper)]
+        adapted = [p for p in wrappers if p not in whole]
         fields["target_modules"] = peft_targets(config, model, adapted)
         fields["fan_in_fan_out"] = any(type(adapter.parts[p].core).__name__ == "Conv1D" for p in adapted)
     return fields | config.to_peft(adapter)

@@ -185,6 +185,10 @@ class LoRALinear(Wrapper):
         self.B.copy_(B)
 
     def adapted_forward(self, x):
+        return self.low_rank_output(x, self.A, self.B)
+
+    def low_rank_output(self, x, A, B):
+        """The layer's output with s B A dropout(x) added."""
         layer, scale, mask = self.inner, self.scale, None
         device = x.device.type
         if torch.is_autocast_enabled(device):
@@ -195,12 +199,12 @@ class LoRALinear(Wrapper):
         weight = plain_weight(layer)
         if weight is None:  # a quantized layer, a second adapter, a layer with hooks: only its output is ours to use
             kept = x if mask is None else x * mask
-            return layer(x) + scale * F.linear(F.linear(kept, self.A.to(x.dtype)), self.B.to(x.dtype))
+            return layer(x) + scale * F.linear(F.linear(kept, A.to(x.dtype)), B.to(x.dtype))
         if not self.fast and mask is None:
-            y = lora_forward(x, weight, self.A.to(x.dtype), self.B.to(x.dtype), scale * self.r)
+            y = lora_forward(x, weight, A.to(x.dtype), B.to(x.dtype), scale * self.r)
             return y if layer.bias is None else y + layer.bias.to(x.dtype)
         with torch.autocast(device, enabled=False):
-            return LoRAFunction.apply(x, weight, layer.bias, self.A, self.B, scale, mask)
+            return LoRAFunction.apply(x, weight, layer.bias, A, B, scale, mask)
 
     def merged_tensors(self):
         """The core's weight with the update in it, stored as the core stores it."""
