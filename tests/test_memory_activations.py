@@ -1,0 +1,102 @@
+"""The formulas for what autograd keeps, against a count of it: equal to the byte on small models of six families."""
+
+import itertools
+
+import pytest
+import torch
+import transformers as tf
+
+from utils import LoRA, attach
+from utils.measure import saved_bytes
+from utils.memory.activations import LINEAR, Needs, Run, activations, everything
+from utils.memory.instruments import LiveBytes
+from utils.memory.shapes import shape_of
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 3, "num_attention_heads": 4}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
+GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+OPT = SIZES | {"ffn_dim": 88, "word_embed_proj_dim": 32, "dropout": 0.0}
+BERT = SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+MODELS = {
+    "llama": lambda: (tf.LlamaForCausalLM, tf.LlamaConfig(**SIZES | TOKENS)),
+    "llama_gqa": lambda: (tf.LlamaForCausalLM, tf.LlamaConfig(**SIZES | TOKENS, num_key_value_heads=2)),
+    "mistral": lambda: (tf.MistralForCausalLM, tf.MistralConfig(**SIZES | TOKENS, num_key_value_heads=1)),
+    "qwen2": lambda: (tf.Qwen2ForCausalLM, tf.Qwen2Config(**SIZES | TOKENS, num_key_value_heads=2)),
+    "gemma": lambda: (tf.GemmaForCausalLM, tf.GemmaConfig(**SIZES | TOKENS, num_key_value_heads=1, head_dim=16)),
+    "gpt2": lambda: (tf.GPT2LMHeadModel, tf.GPT2Config(**GPT2 | NO_DROPOUT | TOKENS)),
+    "opt": lambda: (tf.OPTForCausalLM, tf.OPTConfig(**OPT | TOKENS)),
+    "bert": lambda: (tf.BertForSequenceClassification, tf.BertConfig(**BERT)),
+}
+NAMES = {
+    "gpt2": {"qkv": "attn.c_attn", "o": "attn.c_proj", "up": "c_fc", "down": "mlp.c_proj"},
+    "opt": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "up": "fc1", "down": "fc2"},
+    "bert": {"q": "query", "k": "key", "v": "value", "o": "attention.output.dense", "up": "intermediate.dense"},
+}
+LLAMA = {n: f"{n}_proj" for n in LINEAR["llama"]}
+
+
+def make(name, attention, dtype):
+    cls, config = MODELS[name]()
+    return cls._from_config(config, attn_implementation=attention).to(dtype).train()
+
+
+def choices(name):
+    """What is trained: everything, or a LoRA on some of the linear layers."""
+    linear = tuple(NAMES.get(name, LLAMA))
+    return [None, linear, linear[:1], linear[-1:], linear[1:3]]
+
+
+CASES = [
+    pytest.param(*case, id="-".join(map(str, case[:2])) + f"-{case[2].itemsize}-{'-'.join(case[3] or ('full',))}-{i}")
+    for i, case in enumerate(
+        (name, attention, dtype, chosen, batch)
+        for name in MODELS
+        for attention, dtype in itertools.product(("sdpa", "eager"), (torch.float32, torch.bfloat16))
+        for chosen in choices(name)
+        for batch in ((3, 11), (1, 40))
+    )
+]
+
+
+def loss_of(model, batch, length):
+    ids = torch.randint(3, 97, (batch, length))
+    labels = torch.randint(3, (batch,)) if hasattr(model, "classifier") else ids
+    return ids, lambda: model(input_ids=ids, labels=labels).loss
+
+
+def prepared(name, attention, dtype, chosen):
+    """A model, with LoRA on the chosen linear layers or fully trained, and the Needs that this means."""
+    model = make(name, attention, dtype)
+    if chosen is None:
+        return model, everything(shape_of(model))
+    names = NAMES.get(name, LLAMA)
+    attach(model, LoRA(r=2, targets=tuple(names[c] for c in chosen)))
+    return model, Needs(frozenset(chosen))
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 200
+
+
+@pytest.mark.parametrize("name, attention, dtype, chosen, batch", CASES)
+def test_formulas_equal_the_count(name, attention, dtype, chosen, batch):
+    model, needs = prepared(name, attention, dtype, chosen)
+    _, loss = loss_of(model, *batch)
+    kept = activations(shape_of(model), Run(*batch, needs, dtype.itemsize, attention))
+    assert kept.total == saved_bytes(loss, exclude=[model])
+
+
+@pytest.mark.parametrize("chosen", [None, ("q", "v")], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["llama_gqa", "gemma"])
+def test_checkpointing_keeps_the_inputs_of_blocks(name, chosen):
+    """Counted as live bytes: what a checkpoint holds on to does not pass through autograd's own list."""
+    model, needs = prepared(name, "sdpa", torch.float32, chosen)
+    shape, run = shape_of(model), Run(4, 16, needs, checkpointing=True)
+    model.gradient_checkpointing_enable()
+    ids, loss = loss_of(model, 4, 16)
+    with LiveBytes([*model.parameters(), *model.buffers(), ids]) as live:
+        value = loss()
+        after = live.mark("forward")
+    assert value.isfinite()
+    assert abs(activations(shape, run).total / after - 1) < 0.01

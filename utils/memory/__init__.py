@@ -1,0 +1,1 @@
+"""Training memory: arithmetic (`estimate`), instruments (`measure`)."""

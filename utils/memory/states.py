@@ -1,0 +1,98 @@
+"""What a model costs before the first token: weights, gradients, optimizer state, master copies; and shards of them.
+
+    bytes = trained (weight + gradient + master + moments) + frozen weight
+
+by recipe. "16 bytes per parameter" is one recipe among several; each has a name here.
+"""
+
+from dataclasses import dataclass
+
+# absmax of a block of 256 8-bit numbers, in float32, for each of the two moments
+EIGHT_BIT_MOMENT = 1 + 4 / 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Bytes per trained number, and per frozen one.
+
+    weight     the weight that the forward pass multiplies       gradient   what backward leaves on it
+    master     a second copy of the weight, in float32           moments    of the optimizer: two for Adam
+    frozen     bytes of a frozen number                          e          bytes of an activation
+    why        the recipe in words
+    """
+
+    weight: float
+    gradient: float
+    master: float
+    moments: float
+    frozen: float
+    e: int
+    why: str
+
+    @property
+    def per_trained(self):
+        """Bytes per trained number."""
+        return self.weight + self.gradient + self.master + self.moments
+
+
+RECIPES = {
+    "fp32": Recipe(4, 4, 0, 8, 4, 4, "everything in float32"),
+    "autocast": Recipe(4, 4, 0, 8, 4, 2, "float32 weights, which autocast casts for each product"),
+    "bf16 + master": Recipe(2, 2, 4, 8, 2, 2, "bf16 weights and gradients, the rest float32 (ZeRO's 2 + 2 + 12)"),
+    "bf16 + master, fp32 gradients": Recipe(2, 4, 4, 8, 2, 2, "the same with gradients summed in float32 (Megatron)"),
+    "pure bf16": Recipe(2, 2, 0, 4, 2, 2, "everything in bf16: small updates are lost in rounding"),
+    "bf16, fp32 moments": Recipe(2, 2, 0, 8, 2, 2, "bf16 weights without a copy, float32 moments"),
+    "8-bit Adam": Recipe(2, 2, 0, 2 * EIGHT_BIT_MOMENT, 2, 2, "bf16 weights, moments in 8 bits with a scale per 256"),
+    "adapters in fp32": Recipe(4, 4, 0, 8, 2, 2, "float32 adapters over a frozen bf16 base: PEFT's and ours"),
+    "SGD": Recipe(4, 4, 0, 0, 4, 4, "float32 without momentum"),
+}
+
+
+def nf4_bytes(numbers, block=64, double_quant=True, group=256):
+    """Bytes of a weight in 4 bits: half a byte each, and one scale per block.
+
+    The scale is float32; double quantization makes it 8 bits, with one float32 for each `group` of scales.
+    numbers: how many, int   returns a float: 4.5 bits per number without double quantization, 4.127 with it
+    """
+    scales = numbers / block
+    return numbers / 2 + (scales * (1 + 4 / group) if double_quant else 4 * scales)
+
+
+def model_states(trained, frozen, recipe, quantized=0, double_quant=True):
+    """Bytes by term for so many trained and frozen numbers.
+
+    recipe: a Recipe   quantized: how many of the frozen numbers are held in 4 bits
+    """
+    return {
+        "weights, frozen": (frozen - quantized) * recipe.frozen + nf4_bytes(quantized, double_quant=double_quant),
+        "weights, trained": trained * recipe.weight,
+        "master copy": trained * recipe.master,
+        "gradients": trained * recipe.gradient,
+        "optimizer": trained * recipe.moments,
+    }
+
+
+STAGES = {  # what each stage of ZeRO spreads over the devices
+    0: (),
+    1: ("optimizer", "master copy"),
+    2: ("optimizer", "master copy", "gradients"),
+    3: ("optimizer", "master copy", "gradients", "weights, frozen", "weights, trained"),
+}
+
+
+def shard(terms, devices, stage):
+    """The same terms per device under ZeRO stage 0 to 3 (3 is FSDP's full sharding), Rajbhandari et al. 2019.
+
+    What stage 3 gathers to compute one block is not in it.   raises ValueError for another stage
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage is {stage!r}; ZeRO has the stages 0, 1, 2 and 3 (FSDP's full sharding is 3)")
+    return {name: b / devices if name in STAGES[stage] else b for name, b in terms.items()}
+
+
+def kv_cache(shape, batch, length, e=2):
+    """Bytes of the keys and values of generation: two tensors per layer, for every token so far.
+
+    2 layers kv_dim batch length e   shape: utils.memory.shapes.Shape
+    """
+    return 2 * shape.layers * shape.kv_dim * batch * length * e
