@@ -15,7 +15,7 @@ float32 whatever e is. Masks of dropout are not counted: the formulas are for dr
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # ------------------------------------------------------------------------------------------ what a run depends on
 
@@ -36,23 +36,30 @@ class Needs:
     start: bool = False
 
 
-LINEAR = {
-    "llama": ("q", "k", "v", "o", "gate", "up", "down"),
-    "gemma": ("q", "k", "v", "o", "gate", "up", "down"),
-    "gpt2": ("qkv", "o", "up", "down"),
-    "opt": ("q", "k", "v", "o", "up", "down"),
-    "bert": ("q", "k", "v", "o", "up", "down"),
+_LLAMA = {f"{part}.{role}_proj": role for part, roles in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
+          for role in roles}  # fmt: skip
+LINEAR = {  # path within a block -> what the formulas call the linear layer there
+    "llama": _LLAMA,
+    "gemma": _LLAMA,
+    "gpt2": {"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.c_proj": "down"},
+    "opt": {f"self_attn.{name}_proj": name[0] for name in ("q", "k", "v", "out")} | {"fc1": "up", "fc2": "down"},
+    "bert": {f"attention.self.{name}": name[0] for name in ("query", "key", "value")}
+    | {"attention.output.dense": "o", "intermediate.dense": "up", "output.dense": "down"},
 }
 
 
 def everything(shape):
     """The Needs of full fine-tuning."""
-    return Needs(frozenset(LINEAR[shape.block]), norms=True, embedding=True, head=True, start=True)
+    return Needs(frozenset(LINEAR[shape.block].values()), norms=True, embedding=True, head=True, start=True)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One forward pass. e: bytes per activation   attention: "sdpa" or "eager" """
+    """One forward pass.
+
+    needs   a Needs, which holds for the ends of the model and for all blocks, unless `blocks` has one for each
+    e       bytes per activation        attention: "sdpa" or "eager"
+    """
 
     batch: int
     length: int
@@ -60,6 +67,7 @@ class Run:
     e: int = 4
     attention: str = "sdpa"
     checkpointing: bool = False
+    blocks: tuple[Needs, ...] = ()
 
     @property
     def n(self):
@@ -258,9 +266,8 @@ def activations(shape, run):
     """
     kept = Kept(flows=run.needs.start)
     embedding(kept, shape, run)
-    block = BLOCKS[shape.block]
-    for _ in range(shape.layers):
-        inside = block(run, shape, kept.flows)
+    for needs in run.blocks or (run.needs,) * shape.layers:
+        inside = BLOCKS[shape.block](replace(run, needs=needs), shape, kept.flows)
         if run.checkpointing:
             kept.terms["block inputs"] += run.e * run.n * shape.d
         else:
