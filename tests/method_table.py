@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from small_models import ALL, WITH_BIASES, names
 
-from utils import LoRA
+from utils import IA3, BitFit, LoRA
 
 TIED = ("gemma", "gpt2", "opt", "t5")  # the embedding is the output layer's weight too
 
@@ -35,6 +35,9 @@ METHODS = {
     "lora on embeddings": Method(
         lambda n: LoRA(targets=(n.embedding, *n.attention), **START), mergeable=tuple(a for a in ALL if a not in TIED)
     ),
+    "bitfit": Method(lambda n: BitFit(), on=WITH_BIASES, mergeable=WITH_BIASES),
+    "ia3": Method(lambda n: IA3(), mergeable=ALL),
+    "ia3 everywhere": Method(lambda n: IA3(targets="all-linear", feedforward=(n.mlp,)), mergeable=ALL),
 }
 
 

@@ -14,6 +14,9 @@ from utils.attach import Adapter, adapters, attach  # noqa: E402
 
 HOME = {
     "LoRA": "utils.methods.lora",
+    "BitFit": "utils.methods.bitfit",
+    "IA3": "utils.methods.ia3",
+    "lora_plus_groups": "utils.methods.lora_plus",
     "load_adapter": "utils.checkpoint",
     "load_base": "utils.models",
     "load_tokenizer": "utils.models",

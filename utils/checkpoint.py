@@ -150,13 +150,15 @@ def config_fields(adapter):
         kind = {"format": FORMAT, "format_version": VERSION, "method": type(config).__name__}
         return kind | base | {"settings": own_settings(config)}
     whole = sorted(p for p, part in adapter.parts.items() if isinstance(part, TrainedCopy))
+    default = getattr(config, "default_task", None)
     fields = {
         "peft_type": config.peft_type,
-        "task_type": next((t for part, t in TASKS.items() if part in type(model).__name__), None),
+        "task_type": next((t for part, t in TASKS.items() if part in type(model).__name__), default),
         **base,
-        "modules_to_save": whole or None,
         "inference_mode": True,
     }
+    if whole:  # PEFT's configuration of some methods has no such field, and warns of it
+        fields["modules_to_save"] = whole
     if hasattr(config, "targets"):
         wrappers = [p for p, part in adapter.parts.items() if isinstance(part, Wrapper)]
         adapted = [p for p in wrappers if p not in whole]
@@ -297,7 +299,7 @@ def in_peft_terms(config, paths):
     paths: of all modules of the model
     modules_to_save means every module whose path ends in one of the names, in the middle of a word too, and may list
     heads that the model has not. Targets may lie inside such a module, where they count for nothing. Names to exclude
-    may fit nothing.
+    may fit nothing. A configuration with more such names reads them in its own `in_peft_terms`.
     """
     whole = tuple(p for p in paths if p.endswith(config.modules_to_save))
     if not hasattr(config, "targets"):
@@ -307,7 +309,8 @@ def in_peft_terms(config, paths):
         outside = [p for p in paths if not any(inside(p, w) for w in whole)]
         useless = set(used_names(paths, targets)) - set(used_names(outside, targets))
         targets = tuple(t for t in targets if t not in useless)
-    return replace(config, targets=targets, modules_to_save=whole, exclude=used_names(paths, config.exclude))
+    config = replace(config, targets=targets, modules_to_save=whole, exclude=used_names(paths, config.exclude))
+    return config.in_peft_terms(paths) if hasattr(config, "in_peft_terms") else config
 
 
 def read_tensors(file, config):

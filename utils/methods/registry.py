@@ -4,6 +4,8 @@ import importlib
 
 HOME = {
     "LoRA": "utils.methods.lora",
+    "BitFit": "utils.methods.bitfit",
+    "IA3": "utils.methods.ia3",
 }
 
 
