@@ -6,23 +6,44 @@ A configuration here makes an adapter that is not the identity once `move` has s
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from small_models import ALL, WITH_BIASES, names
+from small_models import ALL, DECODERS, ENCODERS, WITH_BIASES, names
 
-from utils import IA3, BitFit, LoRA
+from utils import (
+    IA3,
+    MAM,
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    HoulsbyAdapter,
+    LlamaAdapter,
+    LoRA,
+    ParallelAdapter,
+    PfeifferAdapter,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+    UniPELT,
+)
 
 TIED = ("gemma", "gpt2", "opt", "t5")  # the embedding is the output layer's weight too
 
 
 @dataclass(frozen=True)
 class Method:
-    """config: Names of an architecture -> configuration   on: the architectures   mergeable: those where it can be"""
+    """config: Names of an architecture -> configuration   on: the architectures   mergeable: those where it can be
+
+    longer: how many positions it adds to the input
+    """
 
     config: Callable
     on: tuple = ALL
     mergeable: tuple = ()
+    longer: int = 0
 
 
 START = {"r": 3, "alpha": 2, "init": "random_b"}
+BUDGET = {"init_r": 4, "target_r": 2, "alpha": 2, "total_steps": 9, "init": "random_e"}
 METHODS = {
     "lora": Method(lambda n: LoRA(targets=n.attention, **START), mergeable=ALL),
     "lora everywhere": Method(
@@ -35,9 +56,46 @@ METHODS = {
     "lora on embeddings": Method(
         lambda n: LoRA(targets=(n.embedding, *n.attention), **START), mergeable=tuple(a for a in ALL if a not in TIED)
     ),
+    "dora": Method(lambda n: DoRA(targets=n.attention, **START), mergeable=ALL),
+    "dora everywhere": Method(
+        lambda n: DoRA(targets="all-linear", scaling="rslora", dropout=0.2, **START), mergeable=ALL
+    ),
+    "dora on embeddings": Method(
+        lambda n: DoRA(targets=(n.embedding, *n.attention), dropout=0.2, dropout_on="update", **START),
+        mergeable=tuple(a for a in ALL if a not in TIED),
+    ),
+    "adalora": Method(lambda n: AdaLoRA(targets=n.attention, **BUDGET), mergeable=ALL),
+    "adalora everywhere": Method(lambda n: AdaLoRA(targets="all-linear", dropout=0.2, **BUDGET), mergeable=ALL),
+    "adalora finished": Method(
+        lambda n: AdaLoRA(targets=n.attention, rank_pattern={r".*\.0\..*": 1}, **BUDGET),
+        on=("llama_gqa", "gpt2", "t5"),
+        mergeable=("llama_gqa", "gpt2", "t5"),
+    ),
+    "houlsby": Method(lambda n: HoulsbyAdapter(init="bert")),
+    "houlsby without norms": Method(lambda n: HoulsbyAdapter(layer_norms=False, dropout=0.2, init="bert")),
+    "pfeiffer": Method(lambda n: PfeifferAdapter(size=3, init="bert")),
+    "parallel": Method(lambda n: ParallelAdapter(init="bert")),
+    "parallel on the residual": Method(lambda n: ParallelAdapter(scale="learned", reads="residual", init="bert")),
+    "llama-adapter": Method(lambda n: LlamaAdapter(adapter_len=5, gate_init=0.5), on=DECODERS),
+    "llama-adapter as its authors": Method(
+        lambda n: LlamaAdapter(adapter_len=5, adapter_layers=2, gate="tanh-per-head", gate_init=0.5), on=DECODERS
+    ),
+    "prompt tuning": Method(lambda n: PromptTuning(num_virtual_tokens=5), longer=5),
+    "p-tuning": Method(lambda n: PTuning(num_virtual_tokens=5), longer=5),
+    "p-tuning through an lstm": Method(
+        lambda n: PTuning(num_virtual_tokens=5, encoder="lstm", hidden=8, layers=1), longer=5
+    ),
+    "prefix": Method(lambda n: PrefixTuning(num_virtual_tokens=5)),
+    "prefix through a network": Method(lambda n: PrefixTuning(num_virtual_tokens=5, hidden=8)),
+    "p-tuning v2": Method(lambda n: PTuningV2(num_virtual_tokens=5), on=ENCODERS),
     "bitfit": Method(lambda n: BitFit(), on=WITH_BIASES, mergeable=WITH_BIASES),
     "ia3": Method(lambda n: IA3(), mergeable=ALL),
     "ia3 everywhere": Method(lambda n: IA3(targets="all-linear", feedforward=(n.mlp,)), mergeable=ALL),
+    "mam": Method(lambda n: MAM(num_virtual_tokens=3, hidden=8, init="bert")),
+    "mam with a flat prefix": Method(lambda n: MAM(num_virtual_tokens=3, hidden=None, scale="learned", init="bert")),
+    "unipelt": Method(
+        lambda n: UniPELT(num_virtual_tokens=3, hidden=8, size=4, r=3, adapter_init="bert", lora_init="random_b")
+    ),
 }
 
 

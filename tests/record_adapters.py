@@ -1,4 +1,4 @@
-"""Records what AdapterHub's `adapters` 1.3 computes, for test_adapters_library to compare with. `make compare-adapters`.
+"""Records what AdapterHub's `adapters` 1.3 computes: test_adapters_library compares with it. `make compare-adapters`.
 
     python tests/record_adapters.py [folder]       in an environment of its own: adapters 1.3 needs transformers 4.57
 
@@ -17,14 +17,22 @@ import transformers as tf
 from safetensors.torch import save_file
 
 VOCAB, WIDTH = 24, 16
-SIZE = {"vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 24, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
+SIZE = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 24,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
 ENCODER = SIZE | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
-GPT2 = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 24, "n_inner": 24,
-        "initializer_range": 0.2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-        "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-T5 = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
-      "dropout_rate": 0.0, "pad_token_id": 0, "decoder_start_token_id": 0}  # fmt: skip
+GPT2 = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 24, "n_inner": 24}
+GPT2 |= {"initializer_range": 0.2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
+T5 = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+T5 |= {"dropout_rate": 0.0, "pad_token_id": 0, "decoder_start_token_id": 0}
 MODELS = {  # the class, its configuration's class, and what that is made with
     "bert": ("BertForSequenceClassification", "BertConfig", ENCODER),
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", ENCODER),

@@ -8,7 +8,7 @@ Adding a family is adding a row. What a row says was read in transformers' model
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from utils.methods.parts import Guest, core_of
 
@@ -22,9 +22,11 @@ class Family:
     attention_out    the module whose output is the attention sub-layer's, before the residual addition
     ffn              the module whose input and output are the feed-forward sub-layer's; None where there is none (OPT)
     ffn_in, ffn_out  the modules with the sub-layer's input and output; ffn_out is before the residual addition
+    ffn_norm         the norm of the feed-forward sub-layer: its input is the residual stream, or, with post_norm, that
+                     with the sub-layer's output added
     q, k, v, o       the projections of the attention, paths in the layer; GPT-2 has q, k and v in one
-    post_norm        True where the norm comes after the residual addition (BERT): `ffn_block` adds and normalises
-    ffn_block        with post_norm: the module called with (hidden, residual) that returns norm(f(hidden) + residual)
+    post_norm        True where the norm comes after the residual addition (BERT)
+    ffn_block        in BERT: the module called with (hidden, residual) that returns norm(f(hidden) + residual)
     cross            the attention of a decoder to its encoder, or None
     """
 
@@ -34,6 +36,7 @@ class Family:
     ffn: str | None
     ffn_in: str
     ffn_out: str
+    ffn_norm: str
     q: str
     k: str
     v: str
@@ -55,6 +58,7 @@ LLAMA = Family(
     ffn="mlp",
     ffn_in="mlp",
     ffn_out="mlp.down_proj",
+    ffn_norm="post_attention_layernorm",
     q="self_attn.q_proj",
     k="self_attn.k_proj",
     v="self_attn.v_proj",
@@ -67,6 +71,7 @@ GPT2 = Family(
     ffn="mlp",
     ffn_in="mlp",
     ffn_out="mlp.dropout",
+    ffn_norm="ln_2",
     q="attn.c_attn",
     k="attn.c_attn",
     v="attn.c_attn",
@@ -79,6 +84,7 @@ OPT = Family(
     ffn=None,
     ffn_in="fc1",
     ffn_out="fc2",
+    ffn_norm="final_layer_norm",
     q="self_attn.q_proj",
     k="self_attn.k_proj",
     v="self_attn.v_proj",
@@ -91,6 +97,7 @@ BERT = Family(
     ffn=None,
     ffn_in="intermediate",
     ffn_out="output.dropout",
+    ffn_norm="output.LayerNorm",
     q="attention.self.query",
     k="attention.self.key",
     v="attention.self.value",
@@ -106,6 +113,7 @@ T5_ENCODER = Family(
     ffn="layer.1.DenseReluDense",
     ffn_in="layer.1.DenseReluDense",
     ffn_out="layer.1.dropout",
+    ffn_norm="layer.1.layer_norm",
     q="layer.0.SelfAttention.q",
     k="layer.0.SelfAttention.k",
     v="layer.0.SelfAttention.v",
@@ -118,6 +126,7 @@ T5_DECODER = Family(
     ffn="layer.2.DenseReluDense",
     ffn_in="layer.2.DenseReluDense",
     ffn_out="layer.2.dropout",
+    ffn_norm="layer.2.layer_norm",
     q="layer.0.SelfAttention.q",
     k="layer.0.SelfAttention.k",
     v="layer.0.SelfAttention.v",
@@ -151,6 +160,8 @@ def family_of(model, method):
         known = ", ".join(FAMILIES)
         family = name or type(model).__name__
         raise ValueError(f"{method} does not know where the family {family!r} has its parts; it knows {known}")
+    if name == "opt" and not model.config.do_layer_norm_before:  # OPT-350m alone
+        return (replace(OPT, post_norm=True),)
     return FAMILIES[name]
 
 

@@ -63,6 +63,13 @@ class Part(nn.Module):
         for name, own in self.tensors().items():
             own.copy_(tensors[name])
 
+    def progress(self) -> dict:
+        """What training counts and averages beside the trained tensors, by name: a run that goes on needs it."""
+        return {}
+
+    def resume(self, progress):
+        """Take over what `progress` gave in the interrupted run."""
+
     def facts(self) -> str:
         """What the report says about it, in one line, without counts."""
         return type(self).__name__
@@ -136,7 +143,7 @@ class Guest(Part):
         while hasattr(host, f"guest{number}"):
             number += 1
         host.add_module(f"guest{number}", self)
-        self.training = host.training
+        self.train(host.training)
         if type(self).before is not Guest.before:
             host.register_forward_pre_hook(self._before, with_kwargs=True)
         if type(self).after is not Guest.after:
@@ -144,12 +151,7 @@ class Guest(Part):
 
     def leave(self, model, path):
         host = core_of(model.get_submodule(path))
-        for hooks, with_kwargs in (
-            (host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs),
-            (host._forward_hooks, host._forward_hooks_with_kwargs),
-        ):
-            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                del hooks[key], with_kwargs[key]
+        drop_hooks(host, self)
         del host._modules[next(name for name, child in host.named_children() if child is self)]
 
     def before(self, host, args, kwargs):
@@ -182,6 +184,16 @@ class TrainedCopy(Wrapper):
 
     def facts(self):
         return f"{type(self.copy).__name__}, trained whole"
+
+
+def drop_hooks(module, owner):
+    """Take out of a module every hook that is a method of `owner`."""
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            del hooks[key], with_kwargs[key]
 
 
 def core_of(module):

@@ -4,8 +4,20 @@ import importlib
 
 HOME = {
     "LoRA": "utils.methods.lora",
+    "DoRA": "utils.methods.dora",
+    "AdaLoRA": "utils.methods.adalora",
+    "HoulsbyAdapter": "utils.methods.houlsby",
+    "PfeifferAdapter": "utils.methods.pfeiffer",
+    "ParallelAdapter": "utils.methods.parallel",
+    "LlamaAdapter": "utils.methods.llama_adapter",
+    "PromptTuning": "utils.methods.prompt",
+    "PTuning": "utils.methods.ptuning",
+    "PrefixTuning": "utils.methods.prefix",
+    "PTuningV2": "utils.methods.ptuning_v2",
     "BitFit": "utils.methods.bitfit",
     "IA3": "utils.methods.ia3",
+    "MAM": "utils.methods.mam",
+    "UniPELT": "utils.methods.unipelt",
 }
 
 
