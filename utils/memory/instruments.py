@@ -81,9 +81,12 @@ def saved_by_module(model, fn, exclude=()):
             found[stack[-1]] += storage.nbytes()
         return tensor
 
+    def come_out(*_):
+        stack.pop()
+
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-        handles.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
+        handles.append(module.register_forward_hook(come_out, always_call=True))
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = fn()

@@ -1,0 +1,175 @@
+"""The memory of a training step, predicted from the model's sizes alone.
+
+    print(estimate("Llama-2-7B", LoRA(r=16, targets="all-linear"), batch=4, length=1024))
+
+    peak = states + the largest of
+        loss             the kept activations, and two float32 tensors of n vocab numbers that the loss works with
+        last block       the kept activations, and what the backward pass of one block works with
+        first block      the gradients of everything above it, what it keeps, and what it works with
+        optimizer step   all gradients, and one temporary tensor for each of them (AdamW's lists, `foreach`)
+
+States are here what stays from step to step: weights, master copies, moments. Between the last and the first block the
+kept activations shrink as the gradients grow, evenly, so one of the two ends is larger than all between.
+"""
+
+import copy
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from utils.architectures import architecture
+from utils.attach import attach, count_parameters
+from utils.memory.activations import BLOCKS, LINEAR, Needs, Run, activations
+from utils.memory.shapes import shape_of
+from utils.memory.states import RECIPES, model_states, shard
+from utils.methods.families import family_of
+from utils.methods.parts import Wrapper
+from utils.targeting import is_linear
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes. states: what stays between steps, by term   kept: what the forward pass keeps, by term
+
+    moments: name -> bytes beyond the states at that moment of a step; the largest is the peak's
+    trained, total: numbers
+    """
+
+    states: dict
+    kept: dict
+    moments: dict
+    trained: int
+    total: int
+    title: str
+
+    @property
+    def peak(self):
+        return sum(self.states.values()) + max(self.moments.values())
+
+    def __str__(self):
+        lines = [f"{self.title}: trains {self.trained:,} of {self.total:,} numbers"]
+        for head, terms in (("stays between steps", self.states), ("kept by the forward pass", self.kept)):
+            lines.append(f"{head:<34}{sum(terms.values()) / GB:>10.3f} GB")
+            lines += [f"    {name:<30}{size / GB:>10.3f}" for name, size in terms.items() if size]
+        lines.append("beyond what stays, at the")
+        lines += [f"    {name:<30}{size / GB:>10.3f}" for name, size in self.moments.items()]
+        lines.append(f"{'peak':<34}{self.peak / GB:>10.3f} GB = {self.peak / 2**30:.3f} GiB")
+        return "\n".join(lines)
+
+
+def estimate(model, method=None, *, recipe=None, batch=1, length=512, attention="sdpa", checkpointing=False,
+             quantized=False, double_quant=True, devices=1, stage=0):  # fmt: skip
+    """The Estimate of one training step.
+
+    model: a name of data/architectures.json, or any transformers model (the meta device will do); it is not changed
+    method: a configuration such as LoRA(...), or None: whatever the model trains as it is
+    recipe: a name in states.RECIPES; None: "fp32" for a full fine-tuning, else "adapters in fp32"
+    attention: "sdpa" or "eager"   checkpointing: keep only the blocks' inputs
+    quantized: the frozen linear layers of the blocks in NF4   devices, stage: of ZeRO (3 is FSDP's full sharding)
+    raises ValueError for names that are not known, or a family without formulas
+    """
+    name = model if isinstance(model, str) else type(model).__name__
+    model = architecture(model) if isinstance(model, str) else on_meta(model)
+    if method is not None:
+        attach(model, method, "estimated")
+    trained, total = count_parameters(model)
+    if recipe is None:
+        recipe = "fp32" if trained == total else "adapters in fp32"
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe is {recipe!r}; it can be {', '.join(map(repr, RECIPES))}")
+    shape, costs = shape_of(model), RECIPES[recipe]
+    ends, blocks = needs_of(model, shape)
+    run = Run(batch, length, ends, costs.e, attention, checkpointing, blocks)
+    in_blocks = sum(p.numel() for p in block_weights(model)) if quantized else 0
+    states = shard(model_states(trained, total - trained, costs, in_blocks, double_quant), devices, stage)
+    gradients = states.pop("gradients")
+    kept = activations(shape, run)
+    first = trained_in_first_block(model) * costs.gradient / (devices if stage >= 2 else 1)
+    head = kept.terms["loss"] + kept.terms["rotary tables"]
+    block, work = one_block(shape, run), backward_of_block(shape, run)
+    moments = {
+        "loss": kept.total + 8 * run.n * shape.vocab * (not shape.labels),
+        "last block": kept.total - head + work + (block if checkpointing else 0),
+        "first block": gradients - first + block + work + (costs.e * run.n * shape.d if checkpointing else 0),
+        "optimizer step": gradients + costs.weight * (trained / devices if stage else trained),
+    }
+    what = f"{type(method).__name__} on {name}" if method else name
+    title = f"{what}, {recipe}, batch {batch}, {length} tokens"
+    return Estimate(states, dict(kept.terms), moments, trained, total, title)
+
+
+def on_meta(model):
+    """A copy of a model without its numbers. What is attached is copied too."""
+    return copy.deepcopy(model, {id(t): meta_like(t) for t in (*model.parameters(), *model.buffers())})
+
+
+def meta_like(tensor):
+    """A tensor of the same shape and kind on the meta device."""
+    twin = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+
+def block_weights(model):
+    """The frozen weights of the linear layers in the blocks: what quantization of the base applies to."""
+    for family in family_of(model, "an estimate"):
+        for path in family.layers(model):
+            for module in model.get_submodule(path).modules():
+                if is_linear(module) and not module.weight.requires_grad:
+                    yield module.weight
+
+
+def needs_of(model, shape):
+    """What a model, as it is trained now, asks the forward pass to keep: (Needs of its ends, a Needs per block)."""
+    family = family_of(model, "an estimate")[0]
+    layers = family.layers(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith(("weight", "bias"))}
+    norms = {name for name in trained if re.search(r"(norm|ln_\w+)\.\w+$", name, re.IGNORECASE)}
+    blocks = []
+    for path in layers:
+        inputs = (
+            role for name, role in LINEAR[shape.block].items() if trains(model.get_submodule(f"{path}.{name}"))
+        )
+        blocks.append(Needs(frozenset(inputs), norms=any(name.startswith(path + ".") for name in norms)))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    outside = {name for name in trained if not name.startswith(tuple(path + "." for path in layers))}
+    ends = Needs(
+        norms=bool(norms & outside),
+        embedding=trains(embedding),
+        head=any("pooler" in name for name in outside) if head is None else trains(head),
+        start=trains(embedding),
+    )
+    return ends, tuple(blocks)
+
+
+def trains(module):
+    """Whether a module's own weight is trained, or what an active wrapper adds beside it."""
+    if isinstance(module, Wrapper):
+        return module.on and any(p.requires_grad for p in module.tensors().values()) or trains(module.base)
+    return getattr(module, "weight", None) is not None and module.weight.requires_grad
+
+
+def trained_in_first_block(model):
+    """How many trained numbers have no gradient yet when the first block's backward begins: its, the embedding's."""
+    path = family_of(model, "an estimate")[0].layers(model)[0]
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    modules = [model.get_submodule(path)] + ([] if tied else [embedding])
+    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+
+def one_block(shape, run):
+    """What a single block keeps."""
+    needs = run.blocks[0] if run.blocks else run.needs
+    return BLOCKS[shape.block](replace(run, needs=needs), shape, True).total
+
+
+def backward_of_block(shape, run):
+    """What the backward pass of a block has at hand when it has not freed anything yet: gradients of the feed-forward
+    part's inside and of the residual stream, twice; GPT-2's long-hand gelu holds two of the inside."""
+    wide = 2 * shape.d_ff if shape.block == "gpt2" else shape.d_ff + 2 * shape.d
+    return run.e * run.n * wide
