@@ -8,7 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-FLOOR = re.compile(r"^([A-Za-z0-9._-]+)>=([A-Za-z0-9.]+)$")
+FLOOR = re.compile(r"^([A-Za-z0-9._-]+)>=([A-Za-z0-9.]+)(?:; .+)?$")  # after a semicolon: on which systems
 
 
 def floors(pyproject: Path) -> list[str]:
