@@ -328,6 +328,7 @@ class LoRA:
     dtype: torch.dtype | None = None
 
     peft_type = "LORA"
+    linear, embedding = LoRALinear, LoRAEmbedding  # the wrappers; DoRA has its own
 
     def __post_init__(self):
         settings.rank(self.r)
@@ -366,14 +367,15 @@ class LoRA:
         return chosen_biases(model, parts, self.bias)
 
     def wrap(self, module, path, dtype):
-        """The wrapper for one matched module, or ValueError when LoRA has no form for it."""
+        """The wrapper for one matched module, or ValueError when there is no form for it."""
         core = core_of(module)
         if isinstance(core, nn.Embedding):
-            kind = LoRAEmbedding
+            kind = self.embedding
         elif isinstance(core, nn.Linear) or is_conv1d(core):
-            kind = LoRALinear
+            kind = self.linear
         else:
-            raise ValueError(f"LoRA adapts nn.Linear, Conv1D and nn.Embedding, not {type(core).__name__}")
+            method = type(self).__name__
+            raise ValueError(f"{method} adapts nn.Linear, Conv1D and nn.Embedding, not {type(core).__name__}")
         r = pattern_value(self.rank_pattern, path, self.r)
         alpha = pattern_value(self.alpha_pattern, path, self.alpha)
         return kind(module, r, alpha, self.scaling, self.dropout, self.init, dtype)
