@@ -22,7 +22,7 @@ from torch import nn
 from utils.architectures import architecture
 from utils.attach import attach, count_parameters
 from utils.memory.activations import BLOCKS, LINEAR, Needs, Run, activations
-from utils.memory.shapes import shape_of
+from utils.memory.shapes import Shape, shape_of
 from utils.memory.states import RECIPES, model_states, shard
 from utils.methods.families import family_of
 from utils.methods.parts import Wrapper
@@ -33,13 +33,14 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes. states: what stays between steps, by term   kept: what the forward pass keeps, by term
+    """Bytes. states: what stays between steps, by term   gradients: all   kept: by the forward pass, by term
 
     moments: name -> bytes beyond the states at that moment of a step; the largest is the peak's
     trained, total: numbers
     """
 
     states: dict
+    gradients: float
     kept: dict
     moments: dict
     trained: int
@@ -72,34 +73,66 @@ def estimate(model, method=None, *, recipe=None, batch=1, length=512, attention=
     quantized: the frozen linear layers of the blocks in NF4   devices, stage: of ZeRO (3 is FSDP's full sharding)
     raises ValueError for names that are not known, or a family without formulas
     """
+    facts = facts_of(model, method)
+    return predict(facts, recipe, batch, length, attention, checkpointing, quantized, double_quant, devices, stage)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that an estimate needs to know of a model with a method attached: counts, sizes, and what is kept.
+
+    trained, total: numbers   in_blocks: of the frozen linear layers in the blocks   first: trained numbers that have no
+    gradient yet when the first block's backward begins   ends, blocks: the Needs of the model's ends and of each block
+    """
+
+    name: str
+    shape: Shape
+    trained: int
+    total: int
+    in_blocks: int
+    first: int
+    ends: Needs
+    blocks: tuple
+
+
+def facts_of(model, method=None):
+    """The Facts of a model, which is not changed. model, method: as in `estimate`"""
     name = model if isinstance(model, str) else type(model).__name__
+    if method is not None:
+        name = f"{type(method).__name__} on {name}"
     model = architecture(model) if isinstance(model, str) else on_meta(model)
     if method is not None:
         attach(model, method, "estimated")
-    trained, total = count_parameters(model)
+    shape = shape_of(model)
+    frozen = sum(weight.numel() for weight in frozen_in_blocks(model))
+    return Facts(name, shape, *count_parameters(model), frozen, trained_in_first_block(model), *needs_of(model, shape))
+
+
+def predict(facts, recipe=None, batch=1, length=512, attention="sdpa", checkpointing=False, quantized=False,
+            double_quant=True, devices=1, stage=0):  # fmt: skip
+    """The Estimate for a model's Facts. The other arguments are those of `estimate`."""
+    shape, trained, total = facts.shape, facts.trained, facts.total
     if recipe is None:
         recipe = "fp32" if trained == total else "adapters in fp32"
     if recipe not in RECIPES:
         raise ValueError(f"recipe is {recipe!r}; it can be {', '.join(map(repr, RECIPES))}")
-    shape, costs = shape_of(model), RECIPES[recipe]
-    ends, blocks = needs_of(model, shape)
-    run = Run(batch, length, ends, costs.e, attention, checkpointing, blocks)
-    in_blocks = sum(p.numel() for p in block_weights(model)) if quantized else 0
-    states = shard(model_states(trained, total - trained, costs, in_blocks, double_quant), devices, stage)
+    costs = RECIPES[recipe]
+    run = Run(batch, length, facts.ends, costs.e, attention, checkpointing, facts.blocks)
+    in_four_bits = facts.in_blocks if quantized else 0
+    states = shard(model_states(trained, total - trained, costs, in_four_bits, double_quant), devices, stage)
     gradients = states.pop("gradients")
     kept = activations(shape, run)
-    first = trained_in_first_block(model) * costs.gradient / (devices if stage >= 2 else 1)
+    above_first = gradients - facts.first * costs.gradient / (devices if stage >= 2 else 1)
     head = kept.terms["loss"] + kept.terms["rotary tables"]
     block, work = one_block(shape, run), backward_of_block(shape, run)
     moments = {
         "loss": kept.total + 8 * run.n * shape.vocab * (not shape.labels),
         "last block": kept.total - head + work + (block if checkpointing else 0),
-        "first block": gradients - first + block + work + (costs.e * run.n * shape.d if checkpointing else 0),
+        "first block": above_first + block + work + (costs.e * run.n * shape.d if checkpointing else 0),
         "optimizer step": gradients + costs.weight * (trained / devices if stage else trained),
     }
-    what = f"{type(method).__name__} on {name}" if method else name
-    title = f"{what}, {recipe}, batch {batch}, {length} tokens"
-    return Estimate(states, dict(kept.terms), moments, trained, total, title)
+    title = f"{facts.name}, {recipe}, batch {batch}, {length} tokens"
+    return Estimate(states, gradients, dict(kept.terms), moments, trained, total, title)
 
 
 def on_meta(model):
@@ -113,7 +146,7 @@ def meta_like(tensor):
     return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
 
 
-def block_weights(model):
+def frozen_in_blocks(model):
     """The frozen weights of the linear layers in the blocks: what quantization of the base applies to."""
     for family in family_of(model, "an estimate"):
         for path in family.layers(model):
