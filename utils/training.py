@@ -77,7 +77,7 @@ def train(model, rows, collate, *, params=None, steps, batch_size=16, lr, optimi
         peaks = [group["lr"] for group in optim.param_groups]
         run = {"rows": len(rows), "batch_size": batch_size, "accumulate": accumulate, "seed": seed, "processes": world,
                "optimizer": type(optim.optimizer).__name__}
-        history = History(**load_state(path, run, flat, optim, accelerator.scaler)) if resume else History()
+        history = History(**load_state(path, run, model, flat, optim, accelerator.scaler)) if resume else History()
         logged, started = history.steps, time.perf_counter() - history.seconds
         model.train()
 
@@ -111,7 +111,7 @@ def train(model, rows, collate, *, params=None, steps, batch_size=16, lr, optimi
             if history.steps % log_every == 0 or history.steps == steps:
                 if accelerator.is_main_process:
                     if path:
-                        save_state(path, run, flat, optim, accelerator.scaler, vars(history))
+                        save_state(path, run, model, flat, optim, accelerator.scaler, vars(history))
                     if not quiet:
                         print(_line(history, steps, logged), flush=True)
                 logged = history.steps

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from utils.methods.parts import Part
+
 MARKS = ("_is_accelerate_prepared", "_original_forward", "forward")
 
 
@@ -55,16 +57,23 @@ def writable(save_to, resume):
     return path
 
 
-def save_state(path, run, flat, optim, scaler, history):
-    """Write what continues a run: the trained parameters, the optimizer, the fp16 scaler and the history (a dict)."""
+def counting_parts(model):
+    """{path: part} of the parts of adapters that count or average while they are trained (AdaLoRA's allocator)."""
+    return {path: part for path, part in model.named_modules() if isinstance(part, Part) and part.progress()}
+
+
+def save_state(path, run, model, flat, optim, scaler, history):
+    """Write what continues a run: the trained parameters, what adapters count beside them, the optimizer, the fp16
+    scaler and the history (a dict)."""
     state = {"run": run, "params": [p.detach() for p in flat], "optimizer": optim.state_dict(),
+             "progress": {spot: part.progress() for spot, part in counting_parts(model).items()},
              "scaler": scaler.state_dict() if scaler else {}, "history": history}
     draft = path.with_name(path.name + ".tmp")
     torch.save(state, draft)
     os.replace(draft, path)  # a reader finds the old file or the new one, never half of one
 
 
-def load_state(path, run, flat, optim, scaler):
+def load_state(path, run, model, flat, optim, scaler):
     """Put a checkpoint's state back, after checking that it belongs to this run; returns its history."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -74,6 +83,9 @@ def load_state(path, run, flat, optim, scaler):
     differs = [f"{key} was {saved.get(key)}, is {run[key]}" for key in run if saved.get(key) != run[key]]
     if [p.shape for p in params] != [p.shape for p in flat]:
         differs.append(f"it trained {len(params)} tensors that do not match the {len(flat)} here in number or shape")
+    parts, progress = counting_parts(model), state.get("progress", {})
+    if parts.keys() != progress.keys():
+        differs.append("it has the progress of another adapter")
     if differs:
         raise ValueError(f"{path} belongs to another run: {'; '.join(differs)}.")
     optim.load_state_dict(state["optimizer"])
@@ -82,4 +94,6 @@ def load_state(path, run, flat, optim, scaler):
     with torch.no_grad():
         for here, there in zip(flat, params, strict=True):
             here.copy_(there)
+    for spot, part in parts.items():
+        part.resume(progress[spot])
     return history
