@@ -21,7 +21,7 @@ from utils.methods.bottleneck import (
     first,
 )
 from utils.methods.families import family_of
-from utils.methods.houlsby import houlsby, norm_parameters
+from utils.methods.houlsby import TrainedNorm, houlsby, norms
 from utils.methods.parallel import parallel
 from utils.methods.pfeiffer import pfeiffer
 
@@ -240,7 +240,7 @@ def test_one_adapter_by_hand_in_a_whole_layer():
     call = {"position_embeddings": model.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long))}
     assert torch.equal(layer(x, **call), x)
     for kind, expected in (("houlsby", x + 2 + 2), ("pfeiffer", x + 2), ("parallel", x + 4 * 2)):
-        adapter = attach(model, KINDS[kind](size=1))
+        adapter = attach(model, PLACED[kind])
         with torch.no_grad():
             for part in adapter.parts.values():
                 part.b_up.fill_(2.0)
@@ -279,23 +279,34 @@ def test_counts_of_bert_base(config, expected):
 
 
 def test_norms_are_trained_too():
-    norms = norm_parameters(small_model("llama"))
-    assert len(norms) == 5 and all(n.endswith("norm.weight") for n in norms)  # two layers of two, and the last one
-    assert len(norm_parameters(small_model("gpt2"))) == 2 * 5
-    model = small_model("bert")
-    adapter = attach(model, HoulsbyAdapter())
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert set(norm_parameters(model)) <= trained
-    assert set(adapter.biases) == set(norm_parameters(model))
-    adapter.detach()
-    whole = attach(model, HoulsbyAdapter(modules_to_save=("LayerNorm",)))
-    assert not whole.biases
+    assert len(norms(small_model("llama"))) == 5  # two layers of two, and the last one
+    model = small_model("gpt2")
+    found = {p: part for p, part in attach(model, HoulsbyAdapter()).parts.items() if isinstance(part, TrainedNorm)}
+    assert list(found) == [f"transformer.{n}" for n in ("h.0.ln_1", "h.0.ln_2", "h.1.ln_1", "h.1.ln_2", "ln_f")]
+    norm = found["transformer.ln_f"]
+    assert torch.equal(norm.copies["weight"], norm.core.weight) and norm.copies["weight"] is not norm.core.weight
+    whole = attach(small_model("bert"), HoulsbyAdapter(modules_to_save=("LayerNorm",)))
+    assert not any(isinstance(part, TrainedNorm) for part in whole.parts.values())
+
+
+def test_small_steps_of_a_norm_add_up_over_a_bfloat16_base():
+    model = small_model("llama", torch.bfloat16)
+    norm = attach(model, HoulsbyAdapter()).parts["model.norm"]
+    with torch.no_grad():
+        norm.core.weight.fill_(1.0)
+        norm.copies["weight"].fill_(1.0)
+    x = torch.ones(1, WIDTH, dtype=torch.bfloat16)
+    assert norm(x)[0, 0].item() == 1
+    for _ in range(8):  # 2^-10 is an eighth of bfloat16's step at 1
+        with torch.no_grad():
+            norm.copies["weight"].add_(2**-10)
+    assert norm(x)[0, 0].item() == 1 + 2**-7 and norm.core.weight[0].item() == 1
 
 
 def test_report():
     lines = str(attach(small_model("bert"), HoulsbyAdapter())).splitlines()
     assert lines[1].split() == "dropout 4 x adapter 32 -> 2 -> 32 gelu 648 numbers".split()
-    assert lines[3].split() == "norms 10 320 numbers".split()
+    assert lines[2].split() == "LayerNorm 5 x LayerNorm, a trained copy 320 numbers".split()
     assert "scale 4" in str(attach(small_model("bert"), ParallelAdapter()))
 
 

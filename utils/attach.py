@@ -133,8 +133,7 @@ class Adapter:
             numbers, _ = size_of(t for part in found for t in part.tensors().values())
             lines.append(f"  {last:<{width}}  {len(found):>3} x {facts}  {numbers:>12,} numbers")
         if self.biases:
-            kind = "biases" if all(n.endswith("bias") for n in self.biases) else "norms"
-            lines.append(f"  {kind} {len(self.biases)}  {size_of(self.biases.values())[0]:,} numbers")
+            lines.append(f"  biases {len(self.biases)}  {size_of(self.biases.values())[0]:,} numbers")
         lines.append(f"trains {trained:,} of {total:,} numbers ({100 * trained / total:.2f} %), {size:,} bytes")
         return "\n".join(lines)
 

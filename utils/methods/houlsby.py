@@ -19,10 +19,14 @@ The authors' code has a GELU by the tanh approximation and a truncated normal st
 
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from utils.methods import settings
 from utils.methods.bottleneck import Bottleneck, BottleneckConfig
 from utils.methods.families import own_modules
-from utils.methods.parts import TrainedCopy
+from utils.methods.parts import Wrapper, adapter_dtype
+from utils.targeting import inside, whole_modules
 
 
 def houlsby(y, change):
@@ -38,6 +42,35 @@ class HoulsbyBottleneck(Bottleneck):
 
     def after(self, host, args, kwargs, output):
         return houlsby(output, self.change)
+
+
+class TrainedNorm(Wrapper):
+    """A norm that computes with trained copies of its numbers.
+
+    In float32 over a half-precision base: near 1, where a norm's weights are, bfloat16 has steps of 2^-7, in which the
+    steps of a usual learning rate would be rounded away one by one.
+    """
+
+    def __init__(self, base, dtype=None):
+        super().__init__(base)
+        numbers = dict(self.core.named_parameters(recurse=False))
+        self.copies = nn.ParameterDict({n: p.detach().to(dtype, copy=True) for n, p in numbers.items()})
+
+    def adapted_forward(self, *args, **kwargs):
+        rounded = {n: p.to(getattr(self.core, n).dtype) for n, p in self.copies.items()}
+        return torch.func.functional_call(self.core, rounded, args, kwargs)
+
+    def tensors(self):
+        return dict(self.copies)
+
+    def facts(self):
+        return f"{type(self.core).__name__}, a trained copy"
+
+
+def norms(model):
+    """{path: module} of every norm of a model that has numbers: LayerNorm's weight and bias, RMSNorm's weight."""
+    found = {path: m for path, m in own_modules(model) if type(m).__name__.endswith("Norm")}
+    return {path: m for path, m in found.items() if list(m.parameters())}
 
 
 @dataclass(frozen=True)
@@ -62,23 +95,14 @@ class HoulsbyAdapter(BottleneckConfig):
         settings.one_of("layer_norms", self.layer_norms, (True, False))
 
     def parts(self, model):
-        """{path: adapter} behind attention and feed-forward part of every layer."""
+        """{path: adapter} behind attention and feed-forward part of every layer, and {path: wrapper} of the norms."""
         parts = {
             f"{layer}.{spot}": HoulsbyBottleneck(**self.form(model, layer))
             for family, layer in self.chosen_layers(model)
             for spot in (family.attention_out, family.ffn_out)
         }
+        whole = whole_modules(model, self)
+        for path, norm in norms(model).items() if self.layer_norms else ():
+            if not any(inside(path, w) for w in whole):
+                parts[path] = TrainedNorm(model.get_submodule(path), self.dtype or adapter_dtype(norm))
         return self.checked(model, parts)
-
-    def biases(self, model, parts):
-        """{name: parameter} of the norms: trained in place, the base's values kept aside."""
-        if not self.layer_norms:
-            return {}
-        whole = tuple(f"{path}." for path, part in parts.items() if isinstance(part, TrainedCopy))
-        return {n: p for n, p in norm_parameters(model).items() if not n.startswith(whole)}
-
-
-def norm_parameters(model):
-    """{name: parameter} of every norm of a model: LayerNorm's weight and bias, RMSNorm's weight."""
-    norms = {path: m for path, m in own_modules(model) if type(m).__name__.endswith("Norm")}
-    return {f"{path}.{n}": p for path, m in norms.items() for n, p in m.named_parameters(recurse=False)}
