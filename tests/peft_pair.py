@@ -45,7 +45,8 @@ def peft_model(architecture, config, dtype=torch.float32):
 def their_tensors(model, prefix=PREFIX):
     """Name in the file -> trained parameter of a PEFT model."""
     trained = {n.removeprefix(prefix): p for n, p in model.named_parameters() if p.requires_grad}
-    return {re.sub(r"\.(default|modules_to_save)(?=\.|$)", "", n): p for n, p in trained.items()}
+    names = {n: re.sub(r"\.(default|modules_to_save)(?=\.|$)", "", n) for n in trained}
+    return {names[n].replace("magnitude_vector.weight", "magnitude_vector"): p for n, p in trained.items()}
 
 
 def pair(architecture, ours, theirs, dtype=torch.float32):

@@ -178,7 +178,7 @@ def _(tmp):
 FIELDS = {
     "another method": ({"peft_type": "IA3"}, r"peft_type is 'IA3'; this version reads 'LORA'"),
     "no method": ({"peft_type": None}, r"peft_type is None; this version reads 'LORA'"),
-    "dora": ({"use_dora": True}, r"the file uses use_dora, which is not plain LoRA"),
+    "a bias of its own": ({"lora_bias": True}, r"the file uses lora_bias, which is not plain LoRA"),
     "pissa": ({"init_lora_weights": "pissa"}, r"the file uses init_lora_weights='pissa', which is not plain LoRA"),
     "rank as text": ({"r": "8"}, r"the rank is '8'; it must be a whole number from 1 up"),
     "rank null": ({"r": None}, r"the rank is None; it must be a whole number from 1 up"),
