@@ -82,7 +82,7 @@ class HoulsbyAdapter(BottleneckConfig):
     dropout          probability, on the bottleneck's m numbers, in training mode only
     init             "zero_up" (W_up = 0: the identity), "houlsby" (both normal, 0.01), "bert" (both normal, 0.02)
     layers           layer numbers to adapt, or None for all
-    layer_norms      whether the model's norms are trained too, as in the paper
+    layer_norms      whether all norms of the model are trained too, as in the paper
     modules_to_save  modules trained whole and saved; None: the classification head, if the model has one
     dtype            of the adapters; None: float32 over a half-precision base, else the base's
     """
