@@ -6,7 +6,7 @@ A configuration here makes an adapter that is not the identity once `move` has s
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from small_models import ALL, DECODERS, ENCODERS, WITH_BIASES, names
+from small_models import ALL, DECODERS, ENCODERS, OPEN_ATTENTION, WITH_BIASES, names
 
 from utils import (
     IA3,
@@ -78,23 +78,29 @@ METHODS = {
     "parallel on the residual": Method(lambda n: ParallelAdapter(scale="learned", reads="residual", init="bert")),
     "llama-adapter": Method(lambda n: LlamaAdapter(adapter_len=5, gate_init=0.5), on=DECODERS),
     "llama-adapter as its authors": Method(
-        lambda n: LlamaAdapter(adapter_len=5, adapter_layers=2, gate="tanh-per-head", gate_init=0.5), on=DECODERS
+        lambda n: LlamaAdapter(adapter_len=5, adapter_layers=2, gate="tanh-per-head", gate_init=0.5),
+        on=("llama_gqa", "gemma", "gpt2"),
     ),
     "prompt tuning": Method(lambda n: PromptTuning(num_virtual_tokens=5), longer=5),
     "p-tuning": Method(lambda n: PTuning(num_virtual_tokens=5), longer=5),
     "p-tuning through an lstm": Method(
         lambda n: PTuning(num_virtual_tokens=5, encoder="lstm", hidden=8, layers=1), longer=5
     ),
-    "prefix": Method(lambda n: PrefixTuning(num_virtual_tokens=5)),
-    "prefix through a network": Method(lambda n: PrefixTuning(num_virtual_tokens=5, hidden=8)),
+    "prefix": Method(lambda n: PrefixTuning(num_virtual_tokens=5), on=OPEN_ATTENTION),
+    "prefix through a network": Method(lambda n: PrefixTuning(num_virtual_tokens=5, hidden=8), on=OPEN_ATTENTION),
     "p-tuning v2": Method(lambda n: PTuningV2(num_virtual_tokens=5), on=ENCODERS),
     "bitfit": Method(lambda n: BitFit(), on=WITH_BIASES, mergeable=WITH_BIASES),
     "ia3": Method(lambda n: IA3(), mergeable=ALL),
     "ia3 everywhere": Method(lambda n: IA3(targets="all-linear", feedforward=(n.mlp,)), mergeable=ALL),
     "mam": Method(lambda n: MAM(num_virtual_tokens=3, hidden=8, init="bert")),
-    "mam with a flat prefix": Method(lambda n: MAM(num_virtual_tokens=3, hidden=None, scale="learned", init="bert")),
+    "mam with a flat prefix": Method(
+        lambda n: MAM(num_virtual_tokens=3, hidden=None, scale="learned", init="bert", dropout=0.2),
+        on=("llama_gqa", "bert", "t5"),
+    ),
     "unipelt": Method(
-        lambda n: UniPELT(num_virtual_tokens=3, hidden=8, size=4, r=3, adapter_init="bert", lora_init="random_b")
+        lambda n: UniPELT(
+            num_virtual_tokens=3, hidden=8, size=4, r=3, adapter_init="bert", lora_init="random_b", dropout=0.2
+        )
     ),
 }
 

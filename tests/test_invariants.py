@@ -181,7 +181,10 @@ def test_half_precision(method, architecture, dtype):
 
 @pytest.mark.parametrize("method, architecture", [p for p in MATRIX if p.values[1] in ("llama_gqa", "gpt2", "bert")])
 def test_no_single_precision_copy_of_the_activations(method, architecture):
-    """Over a bfloat16 base the adapter computes in bfloat16: it keeps nothing as wide as x in float32."""
+    """Over a bfloat16 base the adapter computes in bfloat16: it keeps nothing as wide as x in float32.
+
+    The base keeps some itself, in its norms, for each of the 11 positions, and so for those that a prompt adds.
+    """
 
     def wide_in_single(attached):
         model = small_model(architecture, torch.bfloat16).train()
@@ -191,7 +194,7 @@ def test_no_single_precision_copy_of_the_activations(method, architecture):
         saved = saved_by_shape(lambda: logits(model), exclude=[model])
         return sum(b for (shape, dtype), b in saved.items() if dtype == torch.float32 and math.prod(shape) >= 1056)
 
-    assert wide_in_single(True) <= wide_in_single(False)
+    assert wide_in_single(True) * 11 <= wide_in_single(False) * (11 + METHODS[method].longer)
 
 
 @every

@@ -196,7 +196,8 @@ class Adapter:
             if isinstance(part, TrainedCopy):
                 continue
             if not part.mergeable:
-                raise ValueError(f"{path}: a {type(part).__name__} {part.why_not}, so it cannot be merged")
+                where = path or type(self.model).__name__
+                raise ValueError(f"{where}: a {type(part).__name__} {part.why_not}, so it cannot be merged")
             with torch.no_grad():
                 try:
                     tensors = part.merged_tensors()
