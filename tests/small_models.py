@@ -70,6 +70,8 @@ ALL = tuple(BUILDERS)
 DECODERS = ("llama", "llama_gqa", "qwen2", "mistral", "gemma", "gpt2", "opt")
 ENCODERS = ("bert", "roberta")
 WITH_BIASES = ("qwen2", "gpt2", "opt", "bert", "roberta")  # in the attention's projections
+# Where a method can work inside attention: T5's was in one piece in older versions of transformers, down to 5.2.
+OPEN_ATTENTION = tuple(a for a in ALL if a != "t5" or hasattr(tf.models.t5.modeling_t5, "ALL_ATTENTION_FUNCTIONS"))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally (Liu et al. 2022, https://arxiv.org/abs/2110.07602).
+"""P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks (Liu et al. 2022).
+
+https://arxiv.org/abs/2110.07602
 
 Prefix Tuning's keys and values in every layer, put to another use: understanding text with models of BERT's kind. What
 the paper changes is around the prefix:
