@@ -329,7 +329,9 @@ def test_what_does_not_fit_the_model():
 
 def test_masks_of_another_form_and_no_input():
     model, adapter, part = prompted("llama")
-    with pytest.raises(ValueError, match=r"a prompt needs an attention mask of shape \(batch, length\), or none"):
+    with pytest.raises(
+        ValueError, match=r"a prompt needs an attention mask of shape \(batch, length\), or none: with a static cache"
+    ):
         model(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 1, 3, 3))
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):  # as the base says it
         model(attention_mask=torch.ones(1, 3))

@@ -134,7 +134,10 @@ class Prompts(Guest):
         mask = kwargs.get("attention_mask")
         if mask is not None:
             if getattr(mask, "ndim", None) != 2:
-                raise ValueError("a prompt needs an attention mask of shape (batch, length), or none")
+                raise ValueError(
+                    "a prompt needs an attention mask of shape (batch, length), or none: with a static cache generate() "
+                    "makes one of another shape, so generate with a dynamic one"
+                )
             kwargs["attention_mask"] = extend_mask(mask, self.length)
         kwargs.pop("cache_position", None)  # the model counts anew
         positions = kwargs.get("position_ids")
