@@ -230,7 +230,7 @@ class Magnitude:
         """|W + s B A| by row, (d_out,), without a gradient."""
         device = "cpu" if self.A.is_meta else self.A.device.type  # autocast knows no meta device
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():  # a part of the graph, computed in every pass
                 return dora_norm(self.dense_weight(), self.A, self.B, self.scale)
             with torch.inference_mode(False):  # a norm made in inference mode could not be used in training later
                 return self._remembered(self.core.weight, self.A, self.B)
@@ -295,7 +295,7 @@ class DoRALinear(Magnitude, LoRALinear):
             mask, keep = dropout_mask(x, self.dropout), 1 - self.dropout
         weight, whole = plain_weight(layer), self.dropout_on == "all"
         if weight is None or (not self.fast and mask is not None):
-            # a layer with hooks, a second adapter: its output is taken as it is
+            # Of a layer with hooks, or a second adapter, the output is taken as it is.
             kept = x if mask is None else x * mask / keep
             W, A, B = (t.to(x.dtype) for t in (self.dense_weight(), self.A, self.B))
             update = scale * F.linear(F.linear(kept, A), B)
