@@ -135,8 +135,8 @@ class Prompts(Guest):
         if mask is not None:
             if getattr(mask, "ndim", None) != 2:
                 raise ValueError(
-                    "a prompt needs an attention mask of shape (batch, length), or none: with a static cache generate() "
-                    "makes one of another shape, so generate with a dynamic one"
+                    "a prompt needs an attention mask of shape (batch, length), or none: with a static cache "
+                    "generate() makes one of another shape, so generate with a dynamic one"
                 )
             kwargs["attention_mask"] = extend_mask(mask, self.length)
         kwargs.pop("cache_position", None)  # the model counts anew
