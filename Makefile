@@ -11,6 +11,8 @@ help:
 	@echo "make test        run every test, the notebooks' own included"
 	@echo "make lab         open JupyterLab"
 	@echo "make bench       measure time and memory against peft; writes JSON and a table"
+	@echo "make gpu-test    on a machine with a CUDA GPU: run the kernels compiled, and train; writes data/measurements"
+	@echo "make gpu-bench   on a machine with a CUDA GPU: measure kernels and training steps; writes data/measurements"
 	@echo "make build       write the notebooks of solutions/*.py again (EXECUTE=1 runs and stores outputs too)"
 	@echo "make collect     CH=02_lora FROM=folder: take in a class's submissions"
 	@echo "make grade       CH=02_lora: grade them with nbgrader, into build/grading"
@@ -35,6 +37,12 @@ lab: $(VENV)/ready
 
 bench: $(VENV)/ready
 	@$(BIN)/python -m bench
+
+gpu-test: $(VENV)/ready
+	@$(BIN)/python -m bench.gpu test
+
+gpu-bench: $(VENV)/ready
+	@$(BIN)/python -m bench.gpu bench
 
 build: $(VENV)/ready
 	@$(COURSE) build $(if $(EXECUTE),--execute)
@@ -65,4 +73,4 @@ compare-adapters: .venv-adapters/ready $(VENV)/ready
 	@OMP_NUM_THREADS=1 .venv-adapters/bin/python tests/record_adapters.py
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_adapters_library.py
 
-.PHONY: help run test lab bench build collect grade test-floor compare-adapters
+.PHONY: help run test lab bench gpu-test gpu-bench build collect grade test-floor compare-adapters

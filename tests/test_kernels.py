@@ -296,6 +296,14 @@ def test_many_adapters_forward_and_backward(dtype):
             assert (dA[a, r:] == 0).all() and (dB[a, :, r:] == 0).all()
 
 
+def test_second_derivatives_are_refused():
+    x, *rest = case(torch.float32, 2, 6, (5,), (3,))
+    (y,) = lora_grouped(x, *rest, 1.0)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 def test_gradients_by_finite_differences():
     args = case(torch.float64, 3, 4, (5, 2), (3,), torch.float64)
     x, Ws, biases, As, Bs = args
@@ -380,15 +388,28 @@ def test_row_norms_of_a_transposed_weight():
 # --------------------------------------------------------------------------------- what the compiler makes of them
 
 
-def compiled(kernel, capability, pointers, constants):
-    """The kernel compiled for a GPU that need not be here. pointers: {argument: type}; other arguments are integers."""
+def compiled(kernel, capability, types, constants):
+    """The kernel compiled for a GPU that need not be here.
+
+    types: {argument: type, or a tuple of them}; arguments without one are 32-bit integers. As at a launch, an integer
+    that equals 1 is a constant: type "one".
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    names = list(inspect.signature(kernel.fn).parameters)
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    source = ASTSource(kernel, signature, constexprs=constants)
-    return compile(source, target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32))
+    signature, values = {}, dict(constants)
+    for i, name in enumerate(inspect.signature(kernel.fn).parameters):
+        kind = types.get(name, "i32")
+        if name in constants:
+            kind = "constexpr"
+        elif isinstance(kind, tuple):
+            values |= {(i, j): 1 for j, part in enumerate(kind) if part == "one"}
+            kind = tuple("constexpr" if part == "one" else part for part in kind)
+        elif kind == "one":
+            kind, values[name] = "constexpr", 1
+        signature[name] = kind
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    return compile(ASTSource(kernel, signature, constexprs=values), target=target)
 
 
 @needs_triton
@@ -397,28 +418,42 @@ def compiled(kernel, capability, pointers, constants):
 def test_the_kernels_compile_without_a_gpu(capability, dtype, tmp_path, monkeypatch):
     """At the largest rank they stay within a block's shared memory: 64 KB on a T4, 99 KB on an L4."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    how = {**tiles(128, torch_dtype, capability), "RANK_FIRST": True, "CHUNK": 64 if capability >= (8, 0) else 32}
-    plan = dict.fromkeys(("order", "chunk_adapter", "chunk_first", "chunk_rows", "starts"), "*i32")
-    three = {"strides": ("i32",) * 3, "widths": ("i32",) * 3}
-    data, weights = (f"*{dtype}",) * 3, ("*fp32",) * 3
-    common = {**plan, **three, "v": "*fp32", "ranks": "*i32", "scales": "*fp32", "matrices": weights}
-    made = [
-        compiled(shrink_kernel, capability, {**common, "xs": data}, how),
-        compiled(expand_kernel, capability, {**common, "ys": data}, how),
-        compiled(outer_kernel, capability, {**common, "xs": data, "grads": weights}, {**how, "CHUNK": 32}),
-        compiled(
-            row_norm_kernel,
-            capability,
-            {"W": f"*{dtype}", "A": "*fp32", "B": "*fp32", "norms": "*fp32", "scale": "fp32"},
-            {"ROWS": 16, "BLOCK_R": 32, "BLOCK_K": 64},
-        ),
-    ]
+    made = compile_all(dtype, 128, capability, 3)
     for program in made:
         assert program.metadata.shared <= (64 if capability < (8, 0) else 99) * 1024
         assert len(program.asm["cubin"]) > 0
     if capability < (8, 0):
-        assert how["DOT"] == tl.float32
+        assert tiles(128, torch.float16, capability)["DOT"] == tl.float32
         assert not any("cp.async" in program.asm["ptx"] for program in made)
     else:
         assert all("mma" in program.asm["ptx"] for program in made[:3])  # tensor cores
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_the_kernels_compile_for_one_of_everything(tmp_path, monkeypatch):
+    """One row, one adapter, one projection, rank 1 and width 1, each of which the compiler sees as a constant."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compile_all("bf16", 1, (8, 0), 1, one="one")
+
+
+def compile_all(dtype, R, capability, P, one="i32"):
+    """shrink, expand of P outputs and into one, outer, and the row norms."""
+    torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    how = {**tiles(R, torch_dtype, capability), "RANK_FIRST": True, "CHUNK": 64 if capability >= (8, 0) else 32}
+    data, weights = (f"*{dtype}",) * P, ("*fp32",) * P
+    types = dict.fromkeys(("order", "chunk_adapter", "chunk_first", "chunk_rows", "starts", "ranks"), "*i32")
+    types |= dict.fromkeys(("v", "scales", "A", "B", "norms"), "*fp32") | {"W": f"*{dtype}", "scale": "fp32"}
+    types |= dict.fromkeys(("n_rows", "n", "R", "d_out", "d_in"), one)
+    types |= {"xs": data, "ys": data, "matrices": weights, "grads": weights}
+    types |= {"strides": (one,) * P, "widths": (one,) * P}
+    together = {"ys": data[:1], "strides": (one,), "widths": (one,)}
+    transposed = {**how, "RANK_FIRST": False}
+    return [
+        compiled(shrink_kernel, capability, types, how),
+        compiled(expand_kernel, capability, types, transposed),
+        compiled(outer_kernel, capability, types, {**how, "CHUNK": 32}),
+        compiled(expand_kernel, capability, types | together, how),
+        compiled(outer_kernel, capability, types, {**transposed, "CHUNK": 32}),
+        compiled(row_norm_kernel, capability, types, {"ROWS": 16, "BLOCK_R": 32, "BLOCK_K": 64}),
+    ]

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from utils.kernels import capability_of, dot_dtype, power_of_two, runs_triton, tl, triton
 
@@ -237,7 +238,7 @@ def shrink(xs, matrices, scales, ranks, plan, rank_first=True):
     how = tiles(R, x.dtype, capability_of(x))
     with torch.cuda.device_of(x):
         shrink_kernel[len(plan.chunk_rows) * len(xs), cdiv(R, how["BLOCK_R"])](
-            *rowwise(xs), contiguous(matrices), v, scales, ranks, *plan[1:2], *plan[3:6], len(x), n, R,
+            *rowwise(xs), contiguous(matrices), v, scales.float(), ranks.int(), *chunks(plan), len(x), n, R,
             RANK_FIRST=rank_first, CHUNK=plan.chunk, **how,
         )  # fmt: skip
     return v
@@ -266,7 +267,7 @@ def expand(ys, v, matrices, ranks, plan, rank_first=False):
     how = tiles(R, y.dtype, capability_of(y))
     with torch.cuda.device_of(y):
         expand_kernel[len(plan.chunk_rows) * len(ys), cdiv(max(t.shape[1] for t in ys), how["BLOCK_K"])](
-            *rowwise(ys), contiguous(matrices), v, ranks, *plan[1:2], *plan[3:6], len(y), n, R,
+            *rowwise(ys), contiguous(matrices), v, ranks.int(), *chunks(plan), len(y), n, R,
             RANK_FIRST=rank_first, CHUNK=plan.chunk, **how,
         )  # fmt: skip
 
@@ -316,6 +317,11 @@ def used(matrices, ranks, plan, rank_first):
             rank, rows = int(ranks[p, a]), (plan.indices == a).nonzero()[:, 0]
             if rank > 0 and len(rows) > 0:
                 yield p, a, rows, (matrix if rank_first else matrix.T)[:rank]
+
+
+def chunks(plan):
+    """What a kernel needs to find the rows of its chunk."""
+    return plan.order, plan.chunk_adapter, plan.chunk_first, plan.chunk_rows
 
 
 def sizes(matrices, rank_first):
@@ -403,6 +409,7 @@ class LoRAGrouped(torch.autograd.Function):
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         plan, scales, ranks, P = ctx.plan, ctx.scales, ctx.ranks, ctx.P
         x, v, *tensors = ctx.saved_tensors
