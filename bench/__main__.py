@@ -11,7 +11,7 @@ import torch
 from bench import common
 from utils.paths import ROOT
 
-NAMES = ("lora", "dora", "prefix")
+NAMES = ("lora", "dora", "adalora", "prefix")
 
 
 def main():

@@ -398,6 +398,13 @@ def test_loss_has_the_regulariser_in_training_only():
         torch.testing.assert_close(loss_of(model), plain)
 
 
+def test_regulariser_is_float32_under_autocast():
+    _, adapter = adapted()
+    expected = regulariser(adapter)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(regulariser(adapter), expected)
+
+
 def test_without_weight_the_loss_is_the_models():
     model, _ = adapted(orth_weight=0)
     with torch.no_grad():

@@ -20,7 +20,8 @@ Worked example: Llama-2-7B's q_proj is (4096, 4096). With r = 12, A, E and B hol
 target_r = 8, a third of the model's triplets is gone at the end, from some layers all and from others none.
 
 PEFT has the user call the allocator after each step, and trains plain rank-r matrices for those who forget it. Here an
-optimizer that steps calls it by itself.
+optimizer that steps calls it by itself. PEFT also adds the regulariser to the loss in evaluation, fails when target_r
+is the rank at the start, and over a half-precision base trains the divisor of s, which no file holds; none of it here.
 """
 
 import re
@@ -165,9 +166,9 @@ class AdaLoRALinear(LoRALinear):
         self.scale = adalora_scale(alpha, r_init)
         d_out, d_in = linear_shape(self.core)
         like = {"dtype": dtype, "device": self.core.weight.device}
-        self.E = nn.Parameter(torch.zeros(r, 1, **like))
         self.A = nn.Parameter(torch.empty(r, d_in, **like).normal_(std=0.02))
         self.B = nn.Parameter(torch.empty(d_out, r, **like).normal_(std=0.02))
+        self.E = nn.Parameter(torch.zeros(r, 1, **like))
         if init == "random_e":  # not the identity at the start: for tests
             nn.init.normal_(self.E)
         self.register_buffer("kept", None, persistent=False)  # (r,) bool: the triplets that live; None: all
@@ -319,7 +320,8 @@ class AdaLoRAAllocator(Guest):
         for layer in self.layers.values():
             for M in (layer.A, layer.B.mT):
                 alike.setdefault((M.shape, M.device), []).append(wide(M))
-        distances = [GramDistances.apply(*matrices) for matrices in alike.values()]
+        with torch.autocast(layer.A.device.type, enabled=False):  # the differences to 1 are small
+            distances = [GramDistances.apply(*matrices) for matrices in alike.values()]
         return sum(d.to(distances[0]) for d in distances) / (2 * len(self.layers))
 
     def after(self, host, args, kwargs, output):
