@@ -1,6 +1,7 @@
 """Guests inside attention: what they see, what they may change, and that nothing else changes."""
 
 import math
+import pickle
 from copy import deepcopy
 
 import pytest
@@ -151,6 +152,14 @@ def test_a_copy_has_a_config_of_its_own():
     adapters(twin)["default"].detach()
     assert hosts(twin)[-1].config is twin.decoder.config
     assert torch.equal(output(model), on)
+
+
+def test_a_pickled_model_works_in_a_process_that_knows_no_guests(monkeypatch):
+    model = small_model("llama_gqa")
+    attach(model, Everywhere())
+    on, file = output(model), pickle.dumps(model)
+    monkeypatch.delitem(tf.modeling_utils.AttentionInterface._global_mapping, "with_guests")
+    assert torch.equal(output(pickle.loads(file)), on)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")

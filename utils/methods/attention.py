@@ -49,7 +49,7 @@ class AttentionGuest(Guest):
         super().enter(model, path)
         host = core_of(model.get_submodule(path))
         if not hasattr(host.config, "of_the_model"):
-            modeling(host).ALL_ATTENTION_FUNCTIONS.register(NAME, attention_with_guests)
+            register()
             config = copy(host.config)
             config.of_the_model = host.config
             config._attn_implementation_internal = NAME  # the plain name is a setter that reaches into sub-configs
@@ -60,6 +60,17 @@ class AttentionGuest(Guest):
         host = core_of(model.get_submodule(path))
         if not any(isinstance(child, AttentionGuest) for child in host.children()):
             host.config = host.config.of_the_model
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        register()  # a model that was pickled and comes alive in another process has entered already
+
+
+def register():
+    """Tell transformers what the name in a host's config means."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # there before, as the model is
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_with_guests)
 
 
 def attention_with_guests(host, query, key, value, attention_mask, **kwargs):
