@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,18 @@ import transformers as tf
 
 from utils import LoRA, attach
 from utils.measure import saved_bytes
-from utils.memory.activations import LINEAR, Needs, Run, activations, everything
+from utils.memory.activations import (
+    LINEAR,
+    Needs,
+    Run,
+    activations,
+    attention,
+    attention_kept,
+    block_kept,
+    checkpoint_kept,
+    everything,
+    llama_block,
+)
 from utils.memory.instruments import LiveBytes
 from utils.memory.shapes import shape_of
 
@@ -96,3 +108,23 @@ def test_checkpointing_keeps_the_inputs_of_blocks(name, chosen):
         after = live.mark("forward")
     assert value.isfinite()
     assert abs(activations(shape, run).total / after - 1) < 0.01
+
+
+def test_one_block_by_hand_and_by_parts():
+    """The formula that stands alone, for full fine-tuning with sdpa, is what the parts of a block add up to."""
+    shape = shape_of(make("llama_gqa", "sdpa", torch.float32))
+    for e in (2, 4):
+        run = Run(3, 11, everything(shape), e)
+        alone = block_kept(33, shape.d, shape.d_ff, shape.heads, shape.kv_heads, shape.head_dim, e)
+        assert alone == llama_block(run, shape, True).total
+        for kernel in ("sdpa", "eager"):
+            own = attention_kept(33, 11, shape.heads, shape.kv_heads, shape.head_dim, e, kernel)
+            assert own == attention(replace(run, attention=kernel), shape, (True, True, True))
+    # one token, d = d_ff = head_dim = 1, e = 2: norms 2 (4 + 4 + 2), inputs 2 (2 + 1), attention 2 x 4 + 4, product 6
+    assert block_kept(1, 1, 1, 1, 1, 1, 2) == 20 + 6 + 12 + 6
+
+
+def test_checkpoints():
+    assert checkpoint_kept(layers=12, block=100, boundary=4) == 12 * 4 + 100
+    assert checkpoint_kept(layers=12, block=100, boundary=4, every=5) == 3 * 4 + 5 * 100
+    assert checkpoint_kept(layers=12, block=100, boundary=4, every=50) == 4 + 12 * 100

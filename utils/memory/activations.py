@@ -151,6 +151,52 @@ def rotary_tables(run, shape):
     return 2 * run.e * run.length * shape.head_dim
 
 
+def attention_kept(n, length, heads, kv_heads, head_dim, e=2, kernel="sdpa"):
+    """What attention keeps when q, k and v all need a gradient, in bytes.
+
+    n: tokens   length: of a row   e: bytes per number   kernel: "sdpa" or "eager"
+    sdpa    q, k, v, the output, and a float32 for each token and head: e n (2 q + 2 kv) + 4 n heads, with
+            q = heads head_dim and kv = kv_heads head_dim
+    eager   q, k and v repeated to all heads, and the probabilities, n length heads of them: in float32 as the softmax
+            makes them, and in half precision once more for the product with v
+    """
+    q, kv = heads * head_dim, kv_heads * head_dim
+    if kernel == "sdpa":
+        return e * n * (2 * q + 2 * kv) + 4 * n * heads
+    return 3 * e * n * q + n * length * heads * (4 if e == 4 else 4 + e)
+
+
+def block_kept(n, d, d_ff, heads, kv_heads, head_dim, e=2):
+    """What one block of a Llama keeps in full fine-tuning with sdpa, in bytes.
+
+    two norms        x in float32, 1/rms, and x / rms for the norm's own weight: 4 n d + 4 n + e n d each
+    linear inputs    of q, k and v together, of gate and up together, of down: e n (2 d + d_ff); o reads what attention kept
+    attention        `attention_kept`
+    act(gate) * up   gate, act(gate) and up: 3 e n d_ff
+    """
+    norms = 2 * (4 * n * d + 4 * n + e * n * d)
+    inputs = e * n * (2 * d + d_ff)
+    return norms + inputs + attention_kept(n, 0, heads, kv_heads, head_dim, e) + 3 * e * n * d_ff
+
+
+def checkpoint_kept(layers, block, boundary, every=1):
+    """The most that is kept with a checkpoint after `every` blocks: one boundary for each segment, and the blocks of
+    one segment while its backward pass runs.
+
+    block: bytes that a block keeps   boundary: bytes of a block's input   returns bytes
+    """
+    segments = -(-layers // every)
+    return segments * boundary + min(every, layers) * block
+
+
+def loss_peak(n, vocab):
+    """Beyond what is kept, the loss's backward pass makes two float32 tensors of n vocab numbers: 8 n vocab bytes.
+
+    They are the gradient of log-softmax's output and that of the logits.
+    """
+    return 8 * n * vocab
+
+
 def token_loss(run, shape):
     """Cross-entropy over the vocabulary: log-softmax keeps its float32 output, and the labels. 4 n vocab + 8 n + 4
 

@@ -21,9 +21,9 @@ from torch import nn
 
 from utils.architectures import architecture
 from utils.attach import attach, count_parameters
-from utils.memory.activations import BLOCKS, LINEAR, Needs, Run, activations
+from utils.memory.activations import BLOCKS, LINEAR, Needs, Run, activations, loss_peak
 from utils.memory.shapes import Shape, shape_of
-from utils.memory.states import RECIPES, model_states, shard
+from utils.memory.states import RECIPES, model_states, nf4_bytes, shard
 from utils.methods.families import family_of
 from utils.methods.parts import Wrapper
 from utils.targeting import is_linear
@@ -119,14 +119,16 @@ def predict(facts, recipe=None, batch=1, length=512, attention="sdpa", checkpoin
     costs = RECIPES[recipe]
     run = Run(batch, length, facts.ends, costs.e, attention, checkpointing, facts.blocks)
     in_four_bits = facts.in_blocks if quantized else 0
-    states = shard(model_states(trained, total - trained, costs, in_four_bits, double_quant), devices, stage)
+    terms = model_states(trained, total - trained - in_four_bits, costs)
+    terms["weights, 4 bits"] = nf4_bytes(in_four_bits, double_quant=double_quant)
+    states = shard(terms, devices, stage)
     gradients = states.pop("gradients")
     kept = activations(shape, run)
     above_first = gradients - facts.first * costs.gradient / (devices if stage >= 2 else 1)
     head = kept.terms["loss"] + kept.terms["rotary tables"]
     block, work = one_block(shape, run), backward_of_block(shape, run)
     moments = {
-        "loss": kept.total + 8 * run.n * shape.vocab * (not shape.labels),
+        "loss": kept.total + loss_peak(run.n, shape.vocab) * (not shape.labels),
         "last block": kept.total - head + work + (block if checkpointing else 0),
         "first block": above_first + block + work + (costs.e * run.n * shape.d if checkpointing else 0),
         "optimizer step": gradients + costs.weight * (trained / devices if stage else trained),

@@ -58,13 +58,18 @@ def nf4_bytes(numbers, block=64, double_quant=True, group=256):
     return numbers / 2 + (scales * (1 + 4 / group) if double_quant else 4 * scales)
 
 
-def model_states(trained, frozen, recipe, quantized=0, double_quant=True):
+def units(size):
+    """(GB, GiB) of so many bytes. A GB is 10^9 bytes, a GiB 2^30; memory of GPUs is sold in GiB and labelled GB."""
+    return size / 1e9, size / 2**30
+
+
+def model_states(trained, frozen, recipe):
     """Bytes by term for so many trained and frozen numbers.
 
-    recipe: a Recipe   quantized: how many of the frozen numbers are held in 4 bits
+    trained, frozen: ints   recipe: a Recipe   returns a dict
     """
     return {
-        "weights, frozen": (frozen - quantized) * recipe.frozen + nf4_bytes(quantized, double_quant=double_quant),
+        "weights, frozen": frozen * recipe.frozen,
         "weights, trained": trained * recipe.weight,
         "master copy": trained * recipe.master,
         "gradients": trained * recipe.gradient,
@@ -76,7 +81,7 @@ STAGES = {  # what each stage of ZeRO spreads over the devices
     0: (),
     1: ("optimizer", "master copy"),
     2: ("optimizer", "master copy", "gradients"),
-    3: ("optimizer", "master copy", "gradients", "weights, frozen", "weights, trained"),
+    3: ("optimizer", "master copy", "gradients", "weights, frozen", "weights, trained", "weights, 4 bits"),
 }
 
 
@@ -90,9 +95,9 @@ def shard(terms, devices, stage):
     return {name: b / devices if name in STAGES[stage] else b for name, b in terms.items()}
 
 
-def kv_cache(shape, batch, length, e=2):
+def kv_cache(layers, kv_heads, head_dim, batch, length, e=2):
     """Bytes of the keys and values of generation: two tensors per layer, for every token so far.
 
-    2 layers kv_dim batch length e   shape: utils.memory.shapes.Shape
+    2 layers kv_heads head_dim batch length e   e: bytes per number
     """
-    return 2 * shape.layers * shape.kv_dim * batch * length * e
+    return 2 * layers * kv_heads * head_dim * batch * length * e
