@@ -26,6 +26,7 @@ from utils.kernels.lora import (
     shrink_kernel,
     tiles,
 )
+from utils.paths import ROOT
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -46,6 +47,19 @@ def test_under_triton_s_interpreter():
 def test_the_tests_of_this_process_reach_what_they_should():
     assert runs_triton(torch.zeros(1, device=DEVICE)) == (INSTALLED and (INTERPRETED or DEVICE == "cuda"))
     assert not runs_triton(torch.zeros(1, dtype=torch.float64, device=DEVICE))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the same in either process")
+def test_without_triton_the_references_do_the_work():
+    script = (
+        "import sys; sys.modules['triton'] = None\n"  # what an import of a missing package meets
+        "import torch\nfrom utils.kernels import INSTALLED, dora, lora\n"
+        "x, W, A, B = torch.ones(2, 3), torch.zeros(4, 3), torch.ones(1, 3), torch.ones(4, 1)\n"
+        "y, = lora.lora_grouped(x, [W], None, [A], [B], 2.0)\n"
+        "print(INSTALLED, y.unique().item(), dora.dora_row_norm(W, A, B, 1.0).square().round().unique().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "6.0", "3.0"], done.stderr
 
 
 def near(got, want, dtype, times=1.0):
