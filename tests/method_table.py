@@ -92,15 +92,16 @@ METHODS = {
     "bitfit": Method(lambda n: BitFit(), on=WITH_BIASES, mergeable=WITH_BIASES),
     "ia3": Method(lambda n: IA3(), mergeable=ALL),
     "ia3 everywhere": Method(lambda n: IA3(targets="all-linear", feedforward=(n.mlp,)), mergeable=ALL),
-    "mam": Method(lambda n: MAM(num_virtual_tokens=3, hidden=8, init="bert")),
+    "mam": Method(lambda n: MAM(num_virtual_tokens=3, hidden=8, init="bert"), on=OPEN_ATTENTION),
     "mam with a flat prefix": Method(
         lambda n: MAM(num_virtual_tokens=3, hidden=None, scale="learned", init="bert", dropout=0.2),
-        on=("llama_gqa", "bert", "t5"),
+        on=("llama_gqa", "bert"),
     ),
     "unipelt": Method(
         lambda n: UniPELT(
             num_virtual_tokens=3, hidden=8, size=4, r=3, adapter_init="bert", lora_init="random_b", dropout=0.2
-        )
+        ),
+        on=OPEN_ATTENTION,
     ),
 }
 

@@ -56,6 +56,13 @@ def rank(value):
     return value
 
 
+def whole(setting, value):
+    """A whole number from 1 up, for anything that is counted."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{setting} is {value!r}; it must be a whole number from 1 up")
+    return value
+
+
 def is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
