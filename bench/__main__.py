@@ -11,7 +11,7 @@ import torch
 from bench import common
 from utils.paths import ROOT
 
-NAMES = ("lora", "dora", "adalora", "prefix")
+NAMES = ("lora", "dora", "adalora", "prefix", "attach")
 
 
 def main():
@@ -36,7 +36,7 @@ def main():
         path = ROOT / "build" / "bench" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
-        print(common.table(bench.TITLE, rows))
+        print(bench.table(rows) if hasattr(bench, "table") else common.table(bench.TITLE, rows))
         print(f"{record['device']}; written to {path.relative_to(ROOT)}")
 
 

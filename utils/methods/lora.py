@@ -112,16 +112,18 @@ def lora_backward(grad, x, W, A, B, scale, mask=None):
     A: (r, d_in)   B: (d_out, r)   mask: (n, d_in) of the dropout, or None
     returns dx (n, d_in) or None, dA (r, d_in), dB (d_out, r)
     """
-    grad_B = grad @ B  # (n, r)
-    kept = x if mask is None else x * mask  # (n, d_in)
-    dA = scale * (grad_B.T @ kept)
-    narrow = kept @ A.T  # (n, r), formed again: r columns are cheaper to compute than to keep
-    dB = scale * (narrow.T @ grad).T  # grad^T (x A^T), in the order that is faster
+    # x * mask would convert the mask into one new tensor and write into another; a product in place needs one
+    kept = x if mask is None else mask.to(x.dtype, copy=True).mul_(x)  # (n, d_in)
+    grad_narrow = scale * (grad @ B)  # (n, r), dloss/d(kept A^T)
+    dA = grad_narrow.T @ kept
+    narrow = scale * (kept @ A.T)  # (n, r), formed again: r columns are cheaper to compute than to keep
+    dB = (narrow.T @ grad).T  # grad^T (x A^T), in the order that is faster
     if W is None:
         return None, dA, dB
-    if mask is None:
-        return (grad @ W).addmm_(grad_B, A, alpha=scale), dA, dB
-    return (grad @ W).add_((grad_B @ A).mul_(mask), alpha=scale), dA, dB
+    dx = grad_narrow @ A  # the small product first: the large one then adds to it as it goes
+    if mask is not None:
+        dx.mul_(mask)
+    return dx.addmm_(grad, W), dA, dB
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -137,10 +139,11 @@ class LoRAFunction(torch.autograd.Function):
         ctx.save_for_backward(x, W, A, B, mask)
         ctx.scale = scale
         W, A, B = W.to(x.dtype), A.to(x.dtype), B.to(x.dtype)
-        y = F.linear(x, W, None if bias is None else bias.to(x.dtype))  # (..., d_out)
-        narrow = F.linear(x if mask is None else x * mask, A)  # (..., r)
-        y.view(-1, y.shape[-1]).addmm_(narrow.view(-1, narrow.shape[-1]), B.T, alpha=scale)
-        return y
+        kept = x if mask is None else mask.to(x.dtype, copy=True).mul_(x)  # (..., d_in)
+        narrow = scale * F.linear(kept, A).view(-1, A.shape[0])  # (n, r)
+        y = narrow @ B.T if bias is None else torch.addmm(bias.to(x.dtype), narrow, B.T)  # (n, d_out)
+        y.addmm_(x.reshape(-1, x.shape[-1]), W.T)  # the large product last: it adds to y as it goes
+        return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     def backward(ctx, grad):
