@@ -47,9 +47,10 @@ def gated_prompt_attention(q, k_P, v_P, gate, scaling=None):
     returns (b, heads, n, hd)
     """
     shared = q.shape[1] // k_P.shape[0]
+    k_P = k_P * (q.shape[-1] ** -0.5 if scaling is None else scaling)  # before the product: it could overflow float16
     k_P, v_P = k_P.repeat_interleave(shared, 0), v_P.repeat_interleave(shared, 0)  # (heads, K, hd)
-    scores = (q @ k_P.mT) * (q.shape[-1] ** -0.5 if scaling is None else scaling)  # (b, heads, n, K)
-    return (gate.view(-1, 1, 1) * scores.softmax(-1)) @ v_P
+    weights = (q @ k_P.mT).softmax(-1)  # (b, heads, n, K)
+    return (gate.view(-1, 1, 1) * weights) @ v_P
 
 
 def gate_factor(gate, rule):
