@@ -294,3 +294,25 @@ def test_a_file_from_before_total_step_was_required(tmp_path):
         file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     with pytest.raises(ValueError, match="which is not plain AdaLoRA"):
         load_adapter(small_model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rank_pattern": ["q"]}, "rank_pattern is .*; it must be a dict with a list of true and false per layer"),
+        ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": 5}}, "a setting has the wrong type"),
+        ({"rank_pattern": {"model.layers.7.q_proj.lora_E": [True]}}, "no adapted module fits the pattern"),
+        ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True]}}, "3 tensors have another shape"),
+        ({"lora_alpha": None}, "a setting has the wrong type"),
+        ({"init_r": "4"}, "the rank is '4'"),
+        ({"tinit": None}, "tinit is None; it must be a whole number from 0 up"),
+    ],
+)
+def test_bad_settings_in_a_file(fields, message, tmp_path):
+    attach(small_model("llama"), AdaLoRA(total_steps=9, targets=("q_proj",))).save(tmp_path)
+    file = tmp_path / CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    model = small_model("llama")
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path)
+    assert not hasattr(model, "guest0")

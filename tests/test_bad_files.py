@@ -176,8 +176,8 @@ def _(tmp):
 
 
 FIELDS = {
-    "another method": ({"peft_type": "OFT"}, r"peft_type is 'OFT'; this version reads .*'LORA'"),
-    "no method": ({"peft_type": None}, r"peft_type is None; this version reads .*'LORA'"),
+    "another method": ({"peft_type": "OFT"}, r"peft_type is 'OFT'; this version reads .*'LORA'.*"),
+    "no method": ({"peft_type": None}, r"peft_type is None; this version reads .*'LORA'.*"),
     "a bias of its own": ({"lora_bias": True}, r"the file uses lora_bias, which is not plain LoRA"),
     "pissa": ({"init_lora_weights": "pissa"}, r"the file uses init_lora_weights='pissa', which is not plain LoRA"),
     "rank as text": ({"r": "8"}, r"the rank is '8'; it must be a whole number from 1 up"),

@@ -544,6 +544,8 @@ class AdaLoRA:
         init_r, alpha = fields.get("init_r", 12), fields.get("lora_alpha", 8)
         tinit, tfinal = fields.get("tinit", 0), fields.get("tfinal", 0)
         pattern = fields.get("rank_pattern") or {}
+        if not isinstance(pattern, Mapping):
+            raise ValueError(f"rank_pattern is {pattern!r}; it must be a dict with a list of true and false per layer")
         return cls(
             total_steps=fields.get("total_step") or tinit + tfinal + 1,  # older files may say null
             init_r=init_r,
