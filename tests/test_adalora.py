@@ -13,9 +13,7 @@ from utils import AdaLoRA, LoRA, adapters, attach, load_adapter, train
 from utils.checkpoint import STATE, WEIGHTS, file_tensors
 from utils.measure import saved_bytes
 from utils.methods.adalora import (
-    WATCHING,
     AdaLoRALinear,
-    GramDistances,
     adalora_budget,
     adalora_delta,
     adalora_forward,
@@ -24,9 +22,9 @@ from utils.methods.adalora import (
     adalora_sensitivity,
     gram_distance,
     orthogonality,
-    regulariser,
     triplet_importance,
 )
+from utils.methods.adalora_allocator import WATCHING, GramDistances, regulariser
 
 # d_in 3, d_out 2, r 2: triplet 1 sends input 2 to output 2, tenfold; triplet 2 is switched off. alpha / r_init is 2.
 W = torch.tensor([[1.0, 0, 0], [0, 0, 1]])
