@@ -19,7 +19,13 @@ from small_models import (
     small_model,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+)
 
 from utils import LoRA, adapters, attach, load_adapter
 from utils.checkpoint import CONFIG
@@ -247,3 +253,20 @@ def test_layers_are_counted_in_any_kind_of_path():
     assert list(attach(Net(), LoRA(targets="all-linear", layers=(1,))).parts) == ["layers.1"]
     stack = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     assert list(attach(stack, LoRA(targets="all-linear", layers=(0,))).parts) == ["0"]
+
+
+def test_a_bias_in_two_places_is_one():
+    """BERT's output layer holds the bias of the module around it: swapped twice, it would stay."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = BertForMaskedLM(BertConfig(**sizes, num_attention_heads=2)).eval()
+    ids = torch.randint(64, (2, 5))
+    with torch.no_grad():
+        base = model(ids).logits
+        adapter = attach(model, LoRA(targets=("query",), bias="all"))
+        move(adapter)
+        moved = model(ids).logits
+        with adapter.disabled():
+            assert torch.equal(model(ids).logits, base)
+        assert torch.equal(model(ids).logits, moved) and not torch.equal(moved, base)
+        adapter.detach()
+        assert torch.equal(model(ids).logits, base)

@@ -179,7 +179,9 @@ def chosen_biases(model, parts, kind):
     """
     if kind == "none":
         return {}
-    names = {n: p for n, p in base_parameters(model) if n.rsplit(".", 1)[-1] == "bias"}
+    # by identity first: a bias in two places (BERT's output layer) is one parameter
+    once = {id(p): (n, p) for n, p in base_parameters(model) if n.rsplit(".", 1)[-1] == "bias"}
+    names = dict(once.values())
     if kind == "lora_only":
         names = {n: p for n, p in names.items() if n.rsplit(".", 1)[0] in parts}
     whole = tuple(p + "." for p, part in parts.items() if isinstance(part, TrainedCopy))

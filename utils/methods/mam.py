@@ -75,7 +75,7 @@ def prefix_in_every_layer(model, config, plain=PrefixAttention, biased=BiasedPre
 
 @dataclass(frozen=True)
 class MAM:
-    """What to attach: a prefix in attention, a parallel adapter beside the feed-forward part (He et al. 2021).
+    """What to attach. Trains a prefix in attention and parallel adapters beside feed-forward parts (He et al. 2021).
 
     num_virtual_tokens  l, the length of the prefix
     hidden              width of the network that makes the prefix while it is trained; None: none, a flat prefix

@@ -246,7 +246,7 @@ class GatedPreNorm(GatedChange, PfeifferPreNorm):
 
 @dataclass(frozen=True)
 class UniPELT:
-    """What to attach: prefix, LoRA and Pfeiffer adapter in every layer, each with its gate (Mao et al. 2021).
+    """What to attach. Trains a prefix, LoRAs and an adapter in every layer, each with its gate (Mao et al. 2021).
 
     num_virtual_tokens  l, the length of the prefix
     hidden              width of the network that makes the prefix while it is trained; None: none, a flat prefix
