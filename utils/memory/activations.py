@@ -11,11 +11,13 @@ Every formula follows from three rules:
 A frozen weight therefore saves the memory of its input, unless an adapter beside it reads the same x.
 
 n = batch x length tokens; e = bytes of an activation (4 in float32, 2 in half precision); numbers marked 4 are in
-float32 whatever e is. Masks of dropout are not counted: the formulas are for dropout 0 (see `dropout_masks`).
+float32 whatever e is. What an adapter keeps beside all this is in `methods`.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+
+from utils.memory.methods import AT_ATTENTION, AT_LINEAR, AT_NORM, copies, of
 
 # ------------------------------------------------------------------------------------------ what a run depends on
 
@@ -27,6 +29,9 @@ class Needs:
     inputs     names of the linear layers whose input is kept, because they or an adapter beside them train
     norms      whether the weights of the norms train        embedding, head: whether those two do
     start      whether the input of the first block needs a gradient (a trained embedding, or a prompt in front)
+    parts      name of a linear layer, a norm, or "attention" -> the parts of an adapter there, see `methods`
+    prompt     tokens that a prompt puts in front of the text
+    extra      bytes kept once, whatever the batch: of the network that makes a prompt or a prefix
     """
 
     inputs: frozenset = frozenset()
@@ -34,6 +39,9 @@ class Needs:
     embedding: bool = False
     head: bool = False
     start: bool = False
+    parts: dict = field(default_factory=dict)
+    prompt: int = 0
+    extra: int = 0
 
 
 _LLAMA = {f"{part}.{role}_proj": role for part, roles in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
@@ -45,6 +53,14 @@ LINEAR = {  # path within a block -> what the formulas call the linear layer the
     "opt": {f"self_attn.{name}_proj": name[0] for name in ("q", "k", "v", "out")} | {"fc1": "up", "fc2": "down"},
     "bert": {f"attention.self.{name}": name[0] for name in ("query", "key", "value")}
     | {"attention.output.dense": "o", "intermediate.dense": "up", "output.dense": "down"},
+}
+NORMS = {  # path within a block -> what the formulas call the norm there
+    "llama": {"input_layernorm": "norm1", "post_attention_layernorm": "norm2", "self_attn.q_norm": "q norm",
+              "self_attn.k_norm": "k norm"},
+    "gemma": {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"},
+    "gpt2": {"ln_1": "norm1", "ln_2": "norm2"},
+    "opt": {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"},
+    "bert": {"attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2"},
 }
 
 
@@ -58,7 +74,7 @@ class Run:
     """One forward pass.
 
     needs   a Needs, which holds for the ends of the model and for all blocks, unless `blocks` has one for each
-    e       bytes per activation        attention: "sdpa" or "eager"
+    e       bytes per activation        attention: "sdpa" or "eager"        device: "cpu" or "cuda"
     """
 
     batch: int
@@ -68,6 +84,8 @@ class Run:
     attention: str = "sdpa"
     checkpointing: bool = False
     blocks: tuple[Needs, ...] = ()
+    device: str = "cpu"
+    quantized: bool = False
 
     @property
     def n(self):
@@ -76,14 +94,102 @@ class Run:
 
 @dataclass
 class Kept:
-    """Bytes by term. `flows`: whether the tensor that comes out needs a gradient."""
+    """Bytes by term. flows: whether the tensor that comes out needs a gradient   rotates: whether q or k do"""
 
     terms: Counter = field(default_factory=Counter)
     flows: bool = False
+    rotates: bool = False
 
     @property
     def total(self):
         return sum(self.terms.values())
+
+
+@dataclass
+class Activation:
+    """A tensor on its way: so many numbers, whether it needs a gradient, whether something keeps it already."""
+
+    numbers: int
+    flows: bool
+    kept: bool = False
+
+
+class Block:
+    """One block on its way forward. It writes down what is kept, every tensor once (rule 3).
+
+    stream: the residual stream   attention_input, ffn: what the two parts read   rotates: whether q or k need cos, sin
+    """
+
+    def __init__(self, run, shape, flows):
+        self.run, self.shape, self.needs, self.e, self.n = run, shape, run.needs, run.e, run.n
+        self.terms = Counter()
+        self.stream = self.tensor(shape.d, flows)
+        self.ffn = self.attention_input = None
+        self.rotates = False
+        self.masked = run.attention == "eager" and shape.block not in ("bert", "t5")  # a mask is written out
+
+    def tensor(self, width, flows):
+        """A new tensor with `width` numbers per token."""
+        return Activation(self.n * width, flows)
+
+    def like(self, x, flows=None):
+        """A new tensor of x's size."""
+        return Activation(x.numbers, x.flows if flows is None else flows)
+
+    def is_norm(self, path):
+        """Whether this path in a model ends in one of the block's norms."""
+        return path.endswith(tuple(NORMS[self.shape.block]))
+
+    def keep(self, x, term):
+        if not x.kept:
+            self.terms[term] += self.e * x.numbers
+            x.kept = True
+
+    def linear(self, name, x, width):
+        """y = W x, which keeps x if W is trained (rule 1), and what a method has put there."""
+        y = self.tensor(width, x.flows or name in self.needs.inputs)
+        if name in self.needs.inputs:
+            self.keep(x, "linear inputs")
+        for part in self.needs.parts.get(name, ()):
+            y = of(part, AT_LINEAR)(self, part, x, y)
+        return y
+
+    def norm(self, name, x):
+        """The family's norm of x, and what a method has put there."""
+        flows = x.flows
+        for part in self.needs.parts.get(name, ()):
+            x, flows = of(part, AT_NORM)(self, part, x, flows)
+        self.terms["norms"] += self.kept_by_norm(flows)
+        x.kept = flows and (self.e == 4 or NORM[self.shape.block] is layer_norm)  # else in float32, another tensor
+        return self.like(x, flows or self.needs.norms)
+
+    def head_norm(self, name, x, heads):
+        """Qwen3 norms every head's queries and keys: `heads` times as many rows of head_dim numbers."""
+        run, width = replace(self.run, batch=self.run.batch * heads), self.shape.head_dim
+        self.terms["norms"] += rms_norm(run, width, x.flows)
+        self.terms["adapters"] += sum(copies(self, *p.copies.values()) for p in self.needs.parts.get(name, ())) * x.flows
+        return self.like(x, x.flows or self.needs.norms)
+
+    def kept_by_norm(self, flows):
+        return NORM[self.shape.block](self.run, self.shape.d, flows)
+
+    def attend(self, q, k, v):
+        """softmax(q k^T) v, with what a method has put there. sdpa keeps its output itself."""
+        parts = self.needs.parts.get("attention", ())
+        columns = sum(of(part, AT_ATTENTION)(self, part, q) for part in parts)
+        flows = (q.flows, k.flows or columns > 0, v.flows or columns > 0)
+        self.rotates = q.flows or k.flows
+        self.terms["attention"] += attention(self.run, self.shape, flows, columns)
+        own = any(flows) and self.run.attention == "sdpa" and len(parts) == (columns > 0)
+        return Activation(self.n * self.shape.q_dim, any(flows) or len(parts) > 0, kept=own)
+
+    def add(self, x):
+        """The residual addition, which keeps nothing."""
+        self.stream = self.tensor(self.shape.d, self.stream.flows or x.flows)
+
+    @property
+    def done(self):
+        return Kept(self.terms, self.stream.flows, self.rotates)
 
 
 # ------------------------------------------------------------------------------------------------- single functions
@@ -107,32 +213,41 @@ def gemma_norm(run, d, flows):
 def layer_norm(run, d, flows):
     """y = w (x - mean) / std + b, in one kernel: keeps x, and mean and 1/std per token. e n d + 2 e n
 
-    (On CUDA mean and 1/std are in float32: 8 n.)
+    On CUDA mean and 1/std are in float32: 8 n.
     """
-    return run.e * run.n * d + 2 * run.e * run.n if flows or run.needs.norms else 0
+    statistics = 4 if run.device == "cuda" else run.e
+    return (run.e * d + 2 * statistics) * run.n if flows or run.needs.norms else 0
 
 
-def attention(run, shape, flows):
+def attention(run, shape, flows, columns=0):
     """softmax(q k^T / sqrt(head_dim)) v, with (q, k, v) or fewer of them needing a gradient.
 
     sdpa    keeps q, k, v, the output and one float32 per row and head: e n (2 q_dim + 2 kv_dim) + 4 n heads
     eager   keeps q, k and v repeated to all heads, and the probabilities: in float32 as the softmax made them, and
             in half precision once more for the product with v: 3 e n q_dim + 4 n length heads (+ e n length heads)
     flows: three booleans, for q, k and v
+    columns: keys in front of the text's, of a prefix. A causal mask with room for them is written out, which sdpa keeps,
+    e length (length + columns), and for which it has k and v repeated to all heads. BERT has no mask.
     """
     q, k, v = flows
     if not (q or k or v):
         return 0
+    m = run.batch * (run.length + columns)  # keys
+    fused = shape.block == "gpt2" and columns  # q is a view of q, k and v together; the k and v in it are of no use
+    left = 2 * run.e * run.n * shape.d if fused and (run.attention == "sdpa" or run.batch == 1) else 0
     if run.attention == "sdpa":
-        return run.e * run.n * (2 * shape.q_dim + 2 * shape.kv_dim) + 4 * run.n * shape.heads
+        masked = columns and shape.block != "bert"
+        mask = run.e * run.length * (run.length + columns) if masked else 0
+        kv = shape.q_dim if masked and shape.kv_heads > 1 else shape.kv_dim  # one head is repeated without a copy
+        return run.e * (2 * run.n * shape.q_dim + 2 * m * kv) + 4 * run.n * shape.heads + mask + left
     alone = run.batch == shape.kv_heads == 1  # one head for all of one sequence is repeated without a copy
     repeated = shape.kv_dim if alone else shape.q_dim
-    kept = run.e * run.n * (shape.q_dim * k + repeated * q + repeated * (q or k))  # q for dk, k for dq, v for the rest
-    square = run.n * run.length * shape.heads
+    kept = run.e * (run.n * shape.q_dim * k + m * repeated * q + m * repeated * (q or k))  # q for dk, k for dq, v
+    square = run.n * (run.length + columns) * shape.heads
     as_computed = run.e if shape.block in ("gpt2", "bert") else 4  # these two do not ask for a softmax in float32
     softmax = q or k
     copy = v and not (softmax and as_computed == run.e)
-    return kept + square * (as_computed * softmax + run.e * copy)
+    return kept + square * (as_computed * softmax + run.e * copy) + left
 
 
 def gated(run, d_ff, flows):
@@ -210,67 +325,46 @@ def token_loss(run, shape):
 
 def llama_block(run, shape, flows):
     """norm, attention with rotary positions, norm, gated feed-forward: Llama, Mistral, Qwen, and Gemma."""
-    n, e, d, needs = run.n, run.e, shape.d, run.needs
-    norm = gemma_norm if shape.block == "gemma" else rms_norm
-    kept = Kept()
-    kept.terms["norms"] += norm(run, d, flows)
-    flows = flows or needs.norms
-    qkv = tuple(flows or name in needs.inputs for name in "qkv")
-    kept.terms["linear inputs"] += e * n * d * bool({"q", "k", "v"} & needs.inputs)
-    kept.terms["attention"] += attention(run, shape, qkv)
-    shared = run.attention == "sdpa" and any(qkv)  # sdpa kept its output already, and o reads the same
-    kept.terms["linear inputs"] += e * n * shape.q_dim * ("o" in needs.inputs and not shared)
-    flows = any(qkv) or "o" in needs.inputs
-    kept.terms["norms"] += norm(run, d, flows)
-    flows = flows or needs.norms
-    halves = tuple(flows or name in needs.inputs for name in ("gate", "up"))
-    kept.terms["linear inputs"] += e * n * d * bool({"gate", "up"} & needs.inputs)
-    kept.terms["feed-forward"] += gated(run, shape.d_ff, halves)
-    kept.terms["linear inputs"] += e * n * shape.d_ff * ("down" in needs.inputs)
-    kept.flows = any(halves) or "down" in needs.inputs
-    return kept
+    block = Block(run, shape, flows)
+    h = block.attention_input = block.norm("norm1", block.stream)
+    q, k, v = (block.linear(name, h, width) for name, width in zip("qkv", (shape.q_dim, *[shape.kv_dim] * 2)))
+    if shape.head_norms:
+        q, k = block.head_norm("q norm", q, shape.heads), block.head_norm("k norm", k, shape.kv_heads)
+    block.add(block.linear("o", block.attend(q, k, v), shape.d))
+    block.ffn = block.norm("norm2", block.stream)
+    gate, up = (block.linear(name, block.ffn, shape.d_ff) for name in ("gate", "up"))
+    block.terms["feed-forward"] += gated(run, shape.d_ff, (gate.flows, up.flows))
+    inside = block.tensor(shape.d_ff, gate.flows or up.flows)
+    block.add(block.linear("down", inside, shape.d))
+    return block.done
 
 
 def gpt2_block(run, shape, flows):
     """layer norm, attention whose q, k and v come from one layer, layer norm, feed-forward with gelu_new."""
-    n, e, d, needs = run.n, run.e, shape.d, run.needs
-    kept = Kept()
-    kept.terms["norms"] += layer_norm(run, d, flows)
-    flows = flows or needs.norms
-    kept.terms["linear inputs"] += e * n * d * ("qkv" in needs.inputs)
-    flows = flows or "qkv" in needs.inputs
-    kept.terms["attention"] += attention(run, shape, (flows, flows, flows))
-    kept.terms["linear inputs"] += e * n * d * ("o" in needs.inputs and not (flows and run.attention == "sdpa"))
-    flows = flows or "o" in needs.inputs
-    kept.terms["norms"] += layer_norm(run, d, flows)
-    flows = flows or needs.norms
-    kept.terms["linear inputs"] += e * n * d * ("up" in needs.inputs)
-    flows = flows or "up" in needs.inputs
-    kept.terms["feed-forward"] += gelu_new(run, shape.d_ff) * flows
-    kept.terms["linear inputs"] += e * n * shape.d_ff * ("down" in needs.inputs)
-    kept.flows = flows or "down" in needs.inputs
-    return kept
+    block = Block(run, shape, flows)
+    block.attention_input = block.norm("norm1", block.stream)
+    qkv = block.linear("qkv", block.attention_input, 3 * shape.d)
+    block.add(block.linear("o", block.attend(qkv, qkv, qkv), shape.d))
+    block.ffn = block.norm("norm2", block.stream)
+    up = block.linear("up", block.ffn, shape.d_ff)
+    block.terms["feed-forward"] += gelu_new(run, shape.d_ff) * up.flows
+    block.add(block.linear("down", block.tensor(shape.d_ff, up.flows), shape.d))
+    return block.done
 
 
 def opt_block(run, shape, flows):
     """layer norm, attention, layer norm, feed-forward with relu, whose output is the next layer's input."""
-    n, e, d, needs = run.n, run.e, shape.d, run.needs
-    kept = Kept()
-    kept.terms["norms"] += layer_norm(run, d, flows)
-    flows = flows or needs.norms
-    qkv = tuple(flows or name in needs.inputs for name in "qkv")
-    kept.terms["linear inputs"] += e * n * d * bool({"q", "k", "v"} & needs.inputs)
-    kept.terms["attention"] += attention(run, shape, qkv)
-    shared = run.attention == "sdpa" and any(qkv)
-    kept.terms["linear inputs"] += e * n * shape.q_dim * ("o" in needs.inputs and not shared)
-    flows = any(qkv) or "o" in needs.inputs
-    kept.terms["norms"] += layer_norm(run, d, flows)
-    flows = flows or needs.norms
-    kept.terms["linear inputs"] += e * n * d * ("up" in needs.inputs)
-    flows = flows or "up" in needs.inputs
-    kept.terms["feed-forward"] += e * n * shape.d_ff * (flows or "down" in needs.inputs)
-    kept.flows = flows or "down" in needs.inputs
-    return kept
+    block = Block(run, shape, flows)
+    h = block.attention_input = block.norm("norm1", block.stream)
+    q, k, v = (block.linear(name, h, shape.d) for name in "qkv")
+    block.add(block.linear("o", block.attend(q, k, v), shape.d))
+    block.ffn = block.norm("norm2", block.stream)
+    up = block.linear("up", block.ffn, shape.d_ff)
+    inside = block.tensor(shape.d_ff, up.flows)
+    if inside.flows:
+        block.keep(inside, "feed-forward")  # relu keeps its output
+    block.add(block.linear("down", inside, shape.d))
+    return block.done
 
 
 def bert_block(run, shape, flows):
@@ -278,24 +372,17 @@ def bert_block(run, shape, flows):
 
     The norm's output is the next layers' input and the residual: kept once if any of them trains.
     """
-    n, e, d, needs = run.n, run.e, shape.d, run.needs
-    kept = Kept()
-    qkv = tuple(flows or name in needs.inputs for name in "qkv")
-    kept.terms["linear inputs"] += e * n * d * bool({"q", "k", "v"} & needs.inputs)
-    kept.terms["attention"] += attention(run, shape, qkv)
-    shared = run.attention == "sdpa" and any(qkv)
-    kept.terms["linear inputs"] += e * n * d * ("o" in needs.inputs and not shared)
-    flows = any(qkv) or "o" in needs.inputs
-    kept.terms["norms"] += layer_norm(run, d, flows)
-    flows = flows or needs.norms
-    kept.terms["linear inputs"] += e * n * d * ("up" in needs.inputs)
-    flows = flows or "up" in needs.inputs
-    kept.terms["feed-forward"] += e * n * shape.d_ff * flows  # gelu reads its input
-    kept.terms["linear inputs"] += e * n * shape.d_ff * ("down" in needs.inputs)
-    flows = flows or "down" in needs.inputs
-    kept.terms["norms"] += layer_norm(run, d, flows)
-    kept.flows = flows or needs.norms
-    return kept
+    block = Block(run, shape, flows)
+    h = block.attention_input = block.stream
+    q, k, v = (block.linear(name, h, shape.d) for name in "qkv")
+    block.add(block.linear("o", block.attend(q, k, v), shape.d))
+    block.stream = block.ffn = block.norm("norm1", block.stream)
+    up = block.linear("up", block.ffn, shape.d_ff)
+    if up.flows:
+        block.keep(up, "feed-forward")  # gelu reads its input
+    block.add(block.linear("down", block.tensor(shape.d_ff, up.flows), shape.d))
+    block.stream = block.norm("norm2", block.stream)
+    return block.done
 
 
 BLOCKS = {"llama": llama_block, "gemma": llama_block, "gpt2": gpt2_block, "opt": opt_block, "bert": bert_block}
@@ -308,47 +395,60 @@ def activations(shape, run):
     """Bytes that one forward pass with a loss keeps for its backward pass, as Kept with named terms.
 
     With checkpointing every block keeps only its input; what one block keeps is then needed again while its backward
-    pass runs, as `recomputed` says.
+    pass runs, see `estimate`.
     """
     kept = Kept(flows=run.needs.start)
-    embedding(kept, shape, run)
+    longer = replace(run, length=run.length + run.needs.prompt)  # of the tokens, with a prompt in front
+    embedding(kept, shape, run, longer)
+    rotates = False
     for needs in run.blocks or (run.needs,) * shape.layers:
-        inside = BLOCKS[shape.block](replace(run, needs=needs), shape, kept.flows)
+        inside = BLOCKS[shape.block](replace(longer, needs=needs), shape, kept.flows)
         if run.checkpointing:
-            kept.terms["block inputs"] += run.e * run.n * shape.d
+            kept.terms["block inputs"] += run.e * longer.n * shape.d
         else:
             kept.terms += inside.terms
-        kept.flows = inside.flows
-    (bert_head if shape.block == "bert" else decoder_head)(kept, shape, run)
+        kept.flows, rotates = inside.flows, rotates or inside.rotates
+    if rotates and shape.block in ("llama", "gemma"):
+        kept.terms["rotary tables"] += rotary_tables(longer, shape)
+    kept.terms["made by a network"] += run.needs.extra
+    (bert_head if shape.block == "bert" else decoder_head)(kept, shape, run, longer)
     return kept
 
 
-def embedding(kept, shape, run):
-    """A trained embedding keeps the numbers it looked up: 8 n for tokens, and those of learned positions."""
-    if not run.needs.embedding:
-        return
-    positions = {"opt": 8 * run.n, "gpt2": 8 * run.length, "bert": 8 * run.length}
-    kept.terms["token numbers"] += 8 * run.n + positions.get(shape.block, 0)
+def embedding(kept, shape, run, longer):
+    """A trained embedding keeps the numbers it looked up: 8 n for tokens, and those of learned positions and segments,
+    where they are not the same for every row (RoBERTa counts both anew for each)."""
+    if run.needs.embedding:
+        positions = {"opt": 8 * run.n, "gpt2": 8 * run.length, "bert": 8 * run.length, "roberta": 16 * run.n}
+        kept.terms["token numbers"] += 8 * run.n + positions.get(shape.family, positions.get(shape.block, 0))
     if shape.block == "bert":
-        kept.terms["norms"] += layer_norm(run, shape.d, True)
+        block = Block(longer, shape, kept.flows)
+        kept.flows = block.norm("embedding norm", block.stream).flows
+        kept.terms += block.terms
 
 
-def decoder_head(kept, shape, run):
+def decoder_head(kept, shape, run, longer):
     """The last norm, the output layer and the loss of a causal language model."""
-    if shape.block in ("llama", "gemma") and kept.flows:
-        kept.terms["rotary tables"] += rotary_tables(run, shape)
-    kept.terms["norms"] += FINAL_NORM[shape.block](run, shape.d, kept.flows)
-    kept.terms["linear inputs"] += run.e * run.n * shape.d * run.needs.head
+    block = Block(longer, shape, kept.flows)
+    h = block.norm("last norm", block.stream)
+    kept.terms += block.terms
+    if run.needs.head:
+        kept.terms["linear inputs"] += run.e * longer.n * shape.d  # all of it: what is cut off a prompt is a view
+    kept.flows = h.flows
     kept.terms["loss"] += token_loss(run, shape)
 
 
-def bert_head(kept, shape, run):
-    """A pooled classifier: tanh keeps its output, which is the classifier's input. A trained pooler holds on to all of
-    the last hidden states, since the first token's are a view of them."""
+def bert_head(kept, shape, run, longer):
+    """A pooled classifier: tanh keeps its output, which is the classifier's input. A pooler that is trained or adapted
+    holds on to all of the last hidden states, since the first token's, which it reads, are a view of them."""
     e, batch = run.e, run.batch
-    kept.terms["linear inputs"] += e * run.n * shape.d * run.needs.head
+    block = Block(replace(longer, length=1), shape, kept.flows)
+    first = block.stream
+    block.linear("pooler", first, shape.d)
+    others = first.kept * e * (longer.n - batch) * shape.d
+    kept.terms += block.terms + Counter({"linear inputs": others + run.needs.head * e * longer.n * shape.d})
     kept.terms["head"] += e * batch * shape.d
     kept.terms["loss"] += e * batch * shape.labels + 8 * batch + e
 
 
-FINAL_NORM = {"llama": rms_norm, "gemma": gemma_norm, "gpt2": layer_norm, "opt": layer_norm}
+NORM = {"llama": rms_norm, "gemma": gemma_norm} | dict.fromkeys(("gpt2", "opt", "bert"), layer_norm)

@@ -20,12 +20,14 @@ import torch
 from torch import nn
 
 from utils.architectures import architecture
-from utils.attach import attach, count_parameters
-from utils.memory.activations import BLOCKS, LINEAR, Needs, Run, activations, loss_peak
+from utils.attach import adapters, attach, count_parameters
+from utils.memory.activations import BLOCKS, LINEAR, NORMS, Needs, Run, activations, loss_peak
+from utils.memory.methods import prompt_network
 from utils.memory.shapes import Shape, shape_of
 from utils.memory.states import RECIPES, model_states, nf4_bytes, shard
-from utils.methods.families import family_of
-from utils.methods.parts import Wrapper
+from utils.methods.families import family_of, own_modules
+from utils.methods.houlsby import TrainedNorm
+from utils.methods.prompt import Prompts
 from utils.targeting import is_linear
 
 GB = 1e9
@@ -161,29 +163,55 @@ def needs_of(model, shape):
     """What a model, as it is trained now, asks the forward pass to keep: (Needs of its ends, a Needs per block)."""
     family = family_of(model, "an estimate")[0]
     layers = family.layers(model)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith(("weight", "bias"))}
-    norms = {name for name in trained if re.search(r"(norm|ln_\w+)\.\w+$", name, re.IGNORECASE)}
+    own = dict(own_modules(model))
+    parts = {path: [] for path in ("", *own)}  # path -> what an adapter has there
+    for adapter in adapters(model).values():
+        for path, part in adapter.parts.items():
+            if part.on:
+                parts[path].append(part)
+    copied = any(isinstance(part, TrainedNorm) for found in parts.values() for part in found)
+    norms = {path for path, module in own.items() if type(module).__name__.endswith("Norm") and trains(module)}
     blocks = []
-    for path in layers:
-        inputs = (
-            role for name, role in LINEAR[shape.block].items() if trains(model.get_submodule(f"{path}.{name}"))
-        )
-        blocks.append(Needs(frozenset(inputs), norms=any(name.startswith(path + ".") for name in norms)))
+    for layer in layers:
+        points = {f"{layer}.{path}": name for path, name in (LINEAR[shape.block] | NORMS[shape.block]).items()}
+        inputs = {name for path, name in LINEAR[shape.block].items() if trains(own[f"{layer}.{path}"])}
+        points = {path: name for path, name in points.items() if path in own}
+        points |= {f"{layer}.{family.attention}": "attention"}
+        points |= {f"{layer}.{family.attention_out}": "o", f"{layer}.{family.ffn_out}": "down"}
+        here = {}
+        for path, name in points.items():
+            here.setdefault(name, []).extend(parts[path])
+        here = {name: tuple(found) for name, found in here.items() if found}
+        blocks.append(Needs(frozenset(inputs), copied or any(p.startswith(layer + ".") for p in norms), parts=here))
+    inside = tuple(path + "." for path in layers)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    outside = {name for name in trained if not name.startswith(tuple(path + "." for path in layers))}
+    here = {}
+    for path, found in parts.items():
+        if found and path.endswith("pooler.dense"):
+            here["pooler"] = tuple(found)
+        if found and not path.startswith(inside) and type(own.get(path)).__name__.endswith("Norm"):
+            here["embedding norm" if "embeddings" in path else "last norm"] = tuple(found)
+    prompt = next((part for found in parts.values() for part in found if isinstance(part, Prompts)), None)
     ends = Needs(
-        norms=bool(norms & outside),
+        norms=copied or any(not path.startswith(inside) for path in norms),
         embedding=trains(embedding),
-        head=any("pooler" in name for name in outside) if head is None else trains(head),
-        start=trains(embedding),
+        head=reads_all_states(parts, own) if head is None else trains(head),
+        start=trains(embedding) or prompt is not None,
+        parts=here,
+        prompt=0 if prompt is None else prompt.length,
+        extra=0 if prompt is None else prompt_network(prompt),
     )
     return ends, tuple(blocks)
 
 
+def reads_all_states(parts, own):
+    """Whether a layer that reads the first token's last hidden state is trained: BERT's pooler, RoBERTa's head."""
+    whole = any(hasattr(part.copy, "dense") for found in parts.values() for part in found if hasattr(part, "copy"))
+    return whole or any(trains(own[path]) for path in own if path.endswith(("pooler.dense", "classifier.dense")))
+
+
 def trains(module):
-    """Whether a module's own weight is trained, or what an active wrapper adds beside it."""
-    if isinstance(module, Wrapper):
-        return module.on and any(p.requires_grad for p in module.tensors().values()) or trains(module.base)
+    """Whether a module's own weight is trained."""
     return getattr(module, "weight", None) is not None and module.weight.requires_grad
 
 

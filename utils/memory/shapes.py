@@ -17,6 +17,7 @@ class Shape:
     d           width of the residual stream        d_ff: of the feed-forward part's inside
     heads, kv_heads, head_dim                       q_dim = heads head_dim, kv_dim = kv_heads head_dim
     vocab       rows of the embedding               labels: outputs of a classification head, 0 for a language model
+    family      config.model_type                   head_norms: whether queries and keys have norms (Qwen3)
     """
 
     block: str
@@ -31,6 +32,8 @@ class Shape:
     decoder_layers: int = 0
     gated: bool = True
     activation: str = "silu"
+    family: str = ""
+    head_norms: bool = False
 
     @property
     def q_dim(self):
@@ -65,6 +68,8 @@ def shape_of(model):
         labels=config.num_labels if classifies else 0,
         decoder_layers=_first(config, "num_decoder_layers") or 0,
         gated=FAMILIES[family] in ("llama", "gemma") or getattr(config, "is_gated_act", False),
+        family=family,
+        head_norms=family == "qwen3",
         activation=_first(config, "hidden_act", "activation_function", "dense_act_fn"),
     )
 
