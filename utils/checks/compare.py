@@ -1,7 +1,7 @@
 """When two results are the same: up to rounding, and no further."""
 
 import math
-from numbers import Integral, Number
+from numbers import Integral, Number, Real
 
 import torch
 
@@ -64,6 +64,20 @@ def same_mistake(exercise, cases, got, theirs):
     return returned
 
 
+def floats(value):
+    """The value with floats in place of ints, also inside: of bytes it does not matter which of the two they are."""
+    if isinstance(value, dict):
+        return {key: floats(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [floats(v) for v in value] if isinstance(value, list) else tuple(floats(v) for v in value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
+def in_bytes(attempt, *inputs):
+    """The `call` of an exercise whose answer is a number of bytes."""
+    return floats(attempt(*inputs))
+
+
 def tensors(value):
     """The tensors in a value: itself, or those in a list or tuple."""
     if isinstance(value, torch.Tensor):
@@ -72,10 +86,10 @@ def tensors(value):
 
 
 def changed_input(before, after):
-    """(name, largest difference) of the first input that a call changed, or None. Looks at tensors and lists."""
+    """(name, largest difference) of the first input that a call changed, or None. Looks at tensors, lists and dicts."""
     for name, old in before.items():
         new = after[name]
-        if isinstance(old, (list, tuple)) and not tensors(old):
+        if isinstance(old, dict) or isinstance(old, (list, tuple)) and not tensors(old):
             if new != old:
                 return name, None
             continue

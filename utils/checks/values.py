@@ -15,10 +15,16 @@ def about_value(exercise, bad):
     if out is None:
         return "It returned None. Is there a return statement on every path?"
     if isinstance(want, dict):  # the findings of an exercise's own call
-        key = next(k for k in want if k not in out or not close(out[k], want[k], exercise.tolerance))
+        if not isinstance(out, dict):
+            return about_one(pairs)
+        key = next((k for k in want if k not in out or not close(out[k], want[k], exercise.tolerance)), None)
+        if key is None:
+            return f"Yours holds {next(k for k in out if k not in want)!r} as well, which is not asked for."
         if key in exercise.explain:
             return exercise.explain[key].format(yours=out.get(key), expected=want[key])
-        return f"{key}: {about_one([(c, w[key], o.get(key)) for c, w, o in pairs])}"
+        if key not in out:
+            return f"Yours lacks {key!r}; it holds {', '.join(map(repr, out)) or 'nothing'}."
+        return f"{key}: {about_one([(c, w[key], o[key]) for c, w, o in pairs if key in o])}"
     if isinstance(want, (list, tuple)) and tensors(want):
         if not isinstance(out, (list, tuple)) or len(out) != len(want):
             return f"Yours returned {kind_of(out)}, and {kind_of(want)} is expected."
@@ -141,6 +147,8 @@ def described(case):
             parts.append(f"{name} {tuple(value.shape)}")
         elif isinstance(value, (list, tuple)) and len(value) > 8:
             parts.append(f"{len(value)} {name}")
+        elif isinstance(value, dict):
+            parts.append(f"{name} ({'; '.join(f'{key} {v!r}' for key, v in value.items())})")
         else:
             text = f"{name}={value!r}" if not tensors(value) else f"{name} {[tuple(t.shape) for t in tensors(value)]}"
             text = " ".join(text.split())

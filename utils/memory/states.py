@@ -66,7 +66,8 @@ def units(size):
 def model_states(trained, frozen, recipe):
     """Bytes by term for so many trained and frozen numbers.
 
-    trained, frozen: ints   recipe: a Recipe   returns a dict
+    trained, frozen: how many numbers, ints   recipe: a Recipe
+    returns a dict of "weights, frozen", "weights, trained", "master copy", "gradients" and "optimizer"
     """
     return {
         "weights, frozen": frozen * recipe.frozen,
@@ -88,6 +89,9 @@ STAGES = {  # what each stage of ZeRO spreads over the devices
 def shard(terms, devices, stage):
     """The same terms per device under ZeRO stage 0 to 3 (3 is FSDP's full sharding), Rajbhandari et al. 2019.
 
+    terms: name -> bytes, as from `model_states`   devices: how many, int   returns a new dict with the same names
+    Stage 1 spreads "optimizer" and "master copy" evenly over the devices, stage 2 the "gradients" too, stage 3 also
+    every term of "weights, ...". Whatever a stage does not spread is whole on each device.
     What stage 3 gathers to compute one block is not in it.   raises ValueError for another stage
     """
     if stage not in STAGES:
@@ -98,6 +102,7 @@ def shard(terms, devices, stage):
 def kv_cache(layers, kv_heads, head_dim, batch, length, e=2):
     """Bytes of the keys and values of generation: two tensors per layer, for every token so far.
 
-    2 layers kv_heads head_dim batch length e   e: bytes per number
+    kv_heads: of the keys, and of the values   head_dim: width of a head   batch: rows   length: tokens per row
+    e: bytes per number   Llama-2-7B, 32 layers of 32 heads of 128: 512 KiB per token in half precision
     """
     return 2 * layers * kv_heads * head_dim * batch * length * e
