@@ -6,6 +6,7 @@ A configuration here makes an adapter that is not the identity once `move` has s
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 from small_models import ALL, DECODERS, ENCODERS, OPEN_ATTENTION, WITH_BIASES, names
 
 from utils import (
@@ -109,3 +110,24 @@ METHODS = {
 def config_of(method, architecture):
     """The configuration of a method of the table for an architecture."""
     return METHODS[method].config(names(architecture))
+
+
+# Llama and Mistral are llama_gqa but for the number of heads, and a variant differs from its method in few ways.
+TWINS = ("llama", "mistral")
+FEW = ("llama_gqa", "gpt2", "bert", "t5")
+VARIANTS = {
+    "lora and a module", "lora on embeddings", "dora everywhere", "dora on embeddings", "adalora everywhere",
+    "houlsby without norms", "parallel on the residual", "p-tuning through an lstm", "prefix through a network",
+    "ia3 everywhere",
+}  # fmt: skip
+
+
+def architectures(name):
+    """Those that a method of the table is put through."""
+    on = METHODS[name].on
+    if name in VARIANTS:
+        return [a for a in on if a in FEW]
+    return [a for a in on if a not in TWINS or name == "lora"]
+
+
+MATRIX = [pytest.param(m, a, id=f"{m}-{a}") for m in METHODS for a in architectures(m)]
