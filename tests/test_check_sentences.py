@@ -172,6 +172,26 @@ def first_target_only(names, targets):
     return [n for n in names if n.endswith(f".{targets[0]}")]
 
 
+@attempt("model_states", "Yours lacks 'weights, frozen'; it holds 'weights'.")
+def other_names(trained, frozen, recipe):
+    return {"weights": trained * recipe.weight + frozen * recipe.frozen}
+
+
+@attempt("model_states", "Yours holds 'activations' as well, which is not asked for.")
+def with_activations(trained, frozen, recipe):
+    return find("model_states").reference(trained, frozen, recipe) | {"activations": 0}
+
+
+@attempt("shard", "gradients: With terms (weights, frozen 0; weights, trained ", "stage=0: yours ", "expected ")
+def one_byte_more(terms, devices, stage):
+    return {name: size + (name == "gradients") for name, size in find("shard").reference(terms, devices, stage).items()}
+
+
+@attempt("llama_parameters", "With vocab=32000, d=4096, ", "yours 6738415617, expected 6738415616.")
+def one_parameter_more(*sizes):
+    return find("llama_parameters").reference(*sizes) + 1
+
+
 @attempt("LoRAFunction", "Write @staticmethod above backward, and let ctx be its first parameter")
 class WithSelf(LoRAFunction):
     def backward(self, ctx, grad):

@@ -249,10 +249,11 @@ def test_lucky_attempts_do_not_pass():
 
 
 def test_the_bugs_to_find_run_as_a_readers_cell():
-    """Chapter 02 shows the source of these two as the stub of an exercise: it must stand alone."""
+    """The chapters show the source of these as the stub of an exercise: it must stand alone."""
     import inspect
 
-    for exercise, mistake in (("freeze", "linear_layers"), ("count_parameters", "by_module")):
+    bugs = (("shard", "gradients_whole"), ("freeze", "linear_layers"), ("count_parameters", "by_module"))
+    for exercise, mistake in bugs:
         function = find(exercise).mistake(mistake).attempt
         cell = {"nn": torch.nn}
         exec(inspect.getsource(function), cell)

@@ -6,7 +6,7 @@ least. Last comes what can be wrong although every value is right: changed input
 
 import torch
 
-from utils.checks.compare import agrees, changed_input, close, same_mistake, tensors
+from utils.checks.compare import TOLERANCE, agrees, changed_input, close, same_mistake, tensors
 from utils.checks.core import run
 from utils.checks.errors import about_error, about_missing_error
 from utils.checks.values import about_factor, about_value, first_place, short
@@ -91,7 +91,7 @@ def about_gradients(exercise, attempt, trials):
                 return "Values are right but no gradient reaches x. The layers before this one would learn nothing."
             if out.grads[name] is None:
                 return f"Values are right but no gradient reaches {name}. Training would never move it."
-            if not close(out.grads[name], ours):
+            if not close(out.grads[name], ours, 3 * TOLERANCE[ours.dtype]):  # rounded more often than a value
                 how = about_factor([(case, ours, out.grads[name])], "gradient") or first_place(ours, out.grads[name])
                 return f"Values are right but the gradient of {name} is not. {how}"
     return None

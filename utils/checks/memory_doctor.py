@@ -13,7 +13,8 @@ def cases(rng):
     full, heads, frozen = (2, 2, 8, 7, 2), (2, 2, 8, 1, 9), (20, 0.1, 0.4, 6, 2)
     batch, again = "smaller batch", "checkpointing"
     drawn = [
-        (full, 21, (), ("fits",)),
+        (full, 21, (), ("fits",)),  # to the last byte
+        (full, 25, (), ("fits",)),
         (full, 20, (), ()),
         (full, 20, (batch,), ()),
         (full, 20, (again,), ()),
@@ -158,6 +159,8 @@ NEXT_REMEDY = Exercise(
                 "You forgot the activations when you asked whether the step fits."),
         Mistake("never_fits", doctor(fits=lambda step: float("inf")),
                 "You name a remedy for a step that fits. Return None then: what is not broken needs no repair."),
+        Mistake("to_the_last_byte", doctor(fits=lambda step: sum(step.values()) + 1),
+                "You name a remedy for a step that fills the room to the last byte. It fits: compare with <=."),
         Mistake("gives_up", doctor(last=None),
                 "You return None when one device has nothing left to offer. None means that the step fits; the last "
                 "remedy is sharding, which can be used again with more devices."),

@@ -164,8 +164,8 @@ SHARD = Exercise(
     tolerance=1e-9,
     mistakes=(
         Mistake("gradients_whole", gradients_stay_whole,
-                "Under stage 2 your gradients stay whole. Stage 2 is what spreads them: a device keeps the gradients "
-                "of the numbers that it updates."),
+                "The bug is still there: under stage 2 the gradients stay whole. Stage 2 is what spreads them; a "
+                "device keeps the gradients of the numbers that it updates."),
         Mistake("weights_in_stage_2", sharding({1: ONE, 2: THREE, 3: THREE}),
                 "Under stage 2 you spread the weights as well. They are whole on every device until stage 3."),
         Mistake("weights_never", sharding({1: ONE, 2: TWO, 3: TWO}),

@@ -72,6 +72,7 @@ def about_list(want, out):
 
 def about_factor(pairs, what):
     """A sentence when each output is the expected one times a constant, or plus one; None when neither."""
+    rough = 1e-6 if all(isinstance(w, Number) for _, w, _ in pairs) else 2e-3  # counts are exact, tensors are rounded
     pairs = [(c, torch.as_tensor(w).detach(), torch.as_tensor(o).detach()) for c, w, o in pairs]
     pairs = [p for p in pairs if p[1].dtype not in (torch.float16, torch.bfloat16)] or pairs  # too coarse to divide
     pairs = [(c, w.double(), o.double()) for c, w, o in pairs]
@@ -83,15 +84,17 @@ def about_factor(pairs, what):
     ratios = [((o * w).sum() / (w * w).sum().clamp_min(1e-30)).item() for _, w, o in pairs]
     if not all(abs(f) > 1e-6 and close(o, f * w, 1e-3) for f, (_, w, o) in zip(ratios, pairs, strict=True)):
         return None
-    if all(math.isclose(f, -1, rel_tol=1e-3) for f in ratios):
+    if all(math.isclose(f, 1, rel_tol=2e-3) for f in ratios):
+        return None
+    if all(math.isclose(f, -1, rel_tol=rough) for f in ratios):
         return f"Your {what} has the wrong sign; its size is right."
     known = [factors(case.numbers) for case, _, _ in pairs]
     for name in known[0]:
-        if all(math.isclose(f, k.get(name, 0), rel_tol=2e-3) for f, k in zip(ratios, known, strict=True)):
+        if all(math.isclose(f, k.get(name, 0), rel_tol=rough) for f, k in zip(ratios, known, strict=True)):
             numbers = [f"{k} is {v:g}" for k, v in pairs[0][0].numbers.items() if k in name]
             which = "" if name in pairs[0][0].numbers else f", which is {name}"
             return f"Your {what} is {times(ratios[0])} the expected one{which}, and {' and '.join(numbers)}."
-    if all(math.isclose(f, ratios[0], rel_tol=2e-3) for f in ratios):
+    if all(math.isclose(f, ratios[0], rel_tol=rough) for f in ratios):
         return f"Your {what} is {times(ratios[0])} the expected one."
     return None
 
