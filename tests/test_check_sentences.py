@@ -187,7 +187,7 @@ def one_byte_more(terms, devices, stage):
     return {name: size + (name == "gradients") for name, size in find("shard").reference(terms, devices, stage).items()}
 
 
-@attempt("llama_parameters", "With vocab=32000, d=4096, ", "yours 6738415617, expected 6738415616.")
+@attempt("llama_parameters", "With vocab=32000, d=4096, ", "yours 6,738,415,617, expected 6,738,415,616; 1 too much.")
 def one_parameter_more(*sizes):
     return find("llama_parameters").reference(*sizes) + 1
 

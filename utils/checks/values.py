@@ -43,7 +43,7 @@ def about_one(pairs, base=None):
         if isinstance(want, (list, tuple)) and isinstance(out, (list, tuple)) and len(want) + len(out) > 3:
             return f"With {described(case)}: {about_list(want, out)}"
         ratio = about_factor(pairs, "answer") if isinstance(want, Number) and len(pairs) > 1 else None
-        return ratio or f"With {described(case)}: yours {out!r}, expected {want!r}."
+        return ratio or f"With {described(case)}: yours {shown(out)}, expected {shown(want)}{gap(want, out)}."
     if out.device != want.device:
         return f"Wrong device: the inputs are on {want.device}, you returned a tensor on {out.device}."
     if out.is_complex():
@@ -127,6 +127,18 @@ def first_place(want, out):
 
 def short(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+def shown(value):
+    """A count with commas in it, anything else as Python writes it."""
+    return f"{value:,.12g}" if isinstance(value, Number) and abs(value) >= 1000 else repr(value)
+
+
+def gap(want, out):
+    """How far off a large number is: often the very term that is missing."""
+    if not isinstance(want, Number) or not isinstance(out, Number) or abs(want) < 1000:
+        return ""
+    return f"; {shown(abs(out - want))} too {'much' if out > want else 'little'}"
 
 
 def kind_of(value):
