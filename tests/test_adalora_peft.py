@@ -300,10 +300,10 @@ def test_a_file_from_before_total_step_was_required(tmp_path):
     "fields, message",
     [
         ({"rank_pattern": ["q"]}, "rank_pattern is .*; it must be a dict with a list of true and false per layer"),
-        ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": 5}}, "a setting has the wrong type"),
+        ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": 5}}, "must be a dict with a list of true"),
         ({"rank_pattern": {"model.layers.7.q_proj.lora_E": [True]}}, "no adapted module fits the pattern"),
         ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True]}}, "3 tensors have another shape"),
-        ({"lora_alpha": None}, "a setting has the wrong type"),
+        ({"lora_alpha": None}, "alpha is None; it must be a positive number"),
         ({"init_r": "4"}, "the rank is '4'"),
         ({"tinit": None}, "tinit is None; it must be a whole number from 0 up"),
     ],

@@ -1,19 +1,91 @@
 """Wrong settings, and right ones in the wrong order: one clear sentence each, the model as it was (see wrong.py)."""
 
 import math
-import re
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from small_models import small_model
+import transformers as tf
+from method_table import METHODS, config_of
+from small_models import COMMON, TOKENS, small_model
 from torch import nn
-from wrong import QV, Table, attached, check
+from wrong import OTHERS, QV, Table, attached, attached_other, check
 
-from utils import LoRA, attach, load_adapter
+from utils import LoRA, attach, load_adapter, lora_plus_groups
+from utils.methods.registry import methods
+
+# ------------------------------------------------------------------------------------------- settings by themselves
+
+# kind of a setting -> (values that are none, what is said of them)
+WRONG = {
+    "rank": ((None, True, -1, 0, 2.0, math.nan, "8"), "the rank is {}; it must be a whole number from 1 up"),
+    "count": ((None, True, -1, 0, 2.0, math.nan, "8"), "{name} is {}; it must be a whole number from 1 up"),
+    "count or None": ((True, -1, 0, 2.0, math.nan, "8"), "{name} is {}; it must be a whole number from 1 up"),
+    "from 0": ((None, True, -1, 2.0, math.nan, "8"), "{name} is {}; it must be a whole number from 0 up"),
+    "steps": ((True, -1, 0, 2.0, math.nan, "8"), "{name} is {}; it must be a whole number from 1 up"),
+    "positive": ((None, True, -1, 0, math.nan, math.inf, "1"), "{name} is {}; it must be a positive number"),
+    "positive or 0": ((None, True, -1, math.nan, math.inf, "1"), "{name} is {}; it must be a positive number"),
+    "number": ((None, True, math.nan, math.inf, "1"), "{name} is {}; it must be a number"),
+    "probability": (
+        (None, True, -0.1, 1, math.nan, "0.1"),
+        "{name} is {}; it is a probability from 0 up to, not including, 1",
+    ),
+    "word": ((None, True, 0, "zeros", ["none"]), "{name} is {}; it can be "),
+    "yes or no": ((None, 0, 1, "yes"), "{name} is {}; it can be True, False"),
+    "yes, no or None": ((0, 1, "yes"), "{name} is {}; it can be None, False, True"),
+    "1 or 2": ((None, True, 0, 3, "1"), "{name} is {}; it can be 1, 2"),
+    "dtype": ((True, 32, "bf16", torch.int8), "{name} is {}; it can be None or a floating-point torch.dtype"),
+    "names": ((True, 7, math.nan, (1, 2), (None,), {"q": 1}), "{name} is {}; it can be a tuple of names of modules"),
+    "layers": ((True, 1, -1, "0", (0.5,), (True,)), "{name} is {}; it can be None or a tuple of layer numbers"),
+    "dict": (
+        (True, 0, [], ["q"], "q", {1: 2}),
+        "{name} is {}; it must be a dict {{name or regular expression: value}}",
+    ),
+    "tokens": ((None, True, -1, math.nan, "a text", (-1,), (True,)), "{name} must be token numbers"),
+}
+# setting -> its kind, in all methods but where a line names one
+KINDS = {
+    **dict.fromkeys(("r", "init_r", "target_r"), "rank"),
+    **dict.fromkeys(("num_virtual_tokens", "adapter_len", "delta_t"), "count"),
+    **dict.fromkeys(("size", "hidden", "adapter_layers"), "count or None"),
+    **dict.fromkeys(("tinit", "tfinal"), "from 0"),
+    **dict.fromkeys(("alpha", "reduction", "scale", "init_std"), "positive"),
+    **dict.fromkeys(("dropout", "beta1", "beta2"), "probability"),
+    **dict.fromkeys(("init", "adapter_init", "lora_init", "bias", "scaling", "dropout_on"), "word"),
+    **dict.fromkeys(("activation", "reads", "gate", "encoder"), "word"),
+    **dict.fromkeys(("targets", "exclude", "feedforward", "modules_to_save"), "names"),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), "dict"),
+    "total_steps": "steps",
+    "orth_weight": "positive or 0",
+    "gate_init": "number",
+    "layer_norms": "yes or no",
+    "queries": "yes, no or None",
+    "num_transformer_submodules": "1 or 2",
+    "init_ids": "tokens",
+    "layers": "layers",
+    "dtype": "dtype",
+    ("PTuning", "layers"): "count",
+}
+CASES = [(cls, f.name) for cls in methods() for f in fields(cls)]
+
+
+@pytest.mark.parametrize("cls, name", [pytest.param(*c, id=f"{c[0].__name__}-{c[1]}") for c in CASES])
+def test_no_method_takes_a_setting_of_another_kind(cls, name):
+    needed = {"total_steps": 10} if cls.__name__ == "AdaLoRA" else {}
+    cls(**needed)
+    values, says = WRONG[KINDS.get((cls.__name__, name)) or KINDS[name]]
+    for value in values:
+        with pytest.raises(ValueError) as raised:
+            cls(**needed | {name: value})
+        message = str(raised.value)
+        assert message.startswith(says.format(repr(value), name=name)), message
+        assert "\n" not in message and len(message) < 500
+
+
+# ------------------------------------------------------------------------------------------- settings and a model
 
 TABLE = Table()
 LLAMA = r"in this LlamaForCausalLM\."
-NAMES = r"it can be a tuple of names of modules, or one regular expression as a str"
 LEFT = r"exclude and layers together leave none of the 4 matched modules"
 PAIR = {"targets": QV}
 
@@ -39,8 +111,6 @@ SETTINGS = {
     ),
     "invalid regex": ({"targets": "(q_proj"}, r"targets is not a regular expression: '\(q_proj' \(.*\)"),
     "targets empty": ({"targets": ()}, r"targets is empty: name at least one module, or say 'all-linear'"),
-    "targets of numbers": ({"targets": (1, 2)}, rf"targets is \(1, 2\); {NAMES}"),
-    "targets a number": ({"targets": 7}, rf"targets is 7; {NAMES}"),
     "target is a container": (
         {"targets": ("self_attn",)},
         r"model\.layers\.0\.self_attn: LoRA adapts nn\.Linear, Conv1D and nn\.Embedding, not LlamaAttention",
@@ -54,8 +124,6 @@ SETTINGS = {
         r"layers \[2, 7\] do not exist; this model's layers are 0 to 1",
     ),
     "negative layer": (PAIR | {"layers": (-1,)}, r"layers \[-1\] do not exist; this model's layers are 0 to 1"),
-    "layers a number": (PAIR | {"layers": 1}, r"layers is 1; it can be None or a tuple of layer numbers"),
-    "layers of bools": (PAIR | {"layers": (True,)}, r"layers is \(True,\); it can be None or a tuple of layer .*"),
     "no layers": (PAIR | {"layers": ()}, LEFT),
     "everything excluded": (PAIR | {"exclude": QV}, LEFT),
     "exclude that matches nothing": (PAIR | {"exclude": ("k_prj", "v_proj")}, r"exclude: no module fits \['k_prj'\]"),
@@ -69,10 +137,6 @@ SETTINGS = {
     "pattern an invalid regex": (
         PAIR | {"rank_pattern": {"(": 4}},
         r"rank_pattern is not a regular expression: '\(' \(.*\)",
-    ),
-    "pattern a list": (
-        PAIR | {"rank_pattern": ["q_proj"]},
-        r"rank_pattern is \['q_proj'\]; it must be a dict \{name or regular expression: value\}",
     ),
     "trained whole, but absent": (
         PAIR | {"modules_to_save": ("score",)},
@@ -94,27 +158,8 @@ SETTINGS = {
         PAIR | {"alpha_pattern": {"q_proj": 0}},
         r"alpha is 0; it must be a positive number",
     ),
-    "unknown scaling": (
-        {"scaling": "sqrt"},
-        r"scaling is 'sqrt'; it can be 'standard' \(alpha / r\) or 'rslora' \(alpha / sqrt\(r\)\)",
-    ),
-    "unknown init": ({"init": "zeros"}, r"init is 'zeros'; it can be 'uniform', 'gaussian', 'random_b'"),
-    "unknown bias": ({"bias": "some"}, r"bias is 'some'; it can be 'none', 'lora_only', 'all'"),
     "bias of a model without": (PAIR | {"bias": "all"}, r"bias='all', but there is no bias to train here: .*"),
-    "dtype of whole numbers": (
-        {"dtype": torch.int8},
-        r"dtype is torch\.int8; it can be None or a floating-point torch\.dtype",
-    ),
-    "dtype a str": ({"dtype": "bf16"}, r"dtype is 'bf16'; it can be None or a floating-point torch\.dtype"),
 }
-for r in (0, -1, 2.0, "8", True, None):
-    SETTINGS[f"rank {r!r}"] = {"r": r}, rf"the rank is {re.escape(repr(r))}; it must be a whole number from 1 up"
-for a in (0, -1.0, math.nan, math.inf, "16", True):
-    SETTINGS[f"alpha {a!r}"] = {"alpha": a}, rf"alpha is {re.escape(repr(a))}; it must be a positive number"
-for p in (1, 1.5, -0.1, math.nan, "0.1"):
-    says = rf"dropout is {re.escape(repr(p))}; it is a probability from 0 up to, not including, 1"
-    SETTINGS[f"dropout {p!r}"] = {"dropout": p}, says
-
 for name, (options, says) in SETTINGS.items():
 
     @TABLE.row(name, says)
@@ -123,7 +168,111 @@ for name, (options, says) in SETTINGS.items():
         attach(model, LoRA(**options))
 
 
+# what a setting does not fit, method by method
+BLOCKWISE = ("houlsby", "pfeiffer", "parallel", "llama-adapter", "prefix through a network", "mam", "unipelt")
+NUMBERED = ("dora", "adalora", "houlsby", "pfeiffer", "parallel", "bitfit", "ia3")
+UNFIT = {
+    "unmatched target": (
+        ("dora", "adalora", "bitfit"),  # (IA)^3's own are in test_ia3
+        {"targets": ("k_prj",)},
+        r"no module (with a bias )?is called k_prj( in this \w+)?\. Near in name: .*k_proj.*\.",
+    ),
+    "unknown layers": (
+        NUMBERED,
+        {"layers": (1, 2, 7)},
+        r"layers \[2, 7\] do not exist; this model's layers are 0 to 1",
+    ),
+    "no layers": (
+        NUMBERED,
+        {"layers": ()},
+        r"exclude and layers together leave none of the \d matched modules|layers is empty: \w+ would adapt nothing",
+    ),
+    "excluded, but absent": (
+        ("dora", "adalora", "bitfit", "ia3"),
+        {"exclude": ("k_prj",)},
+        r"exclude: no module fits \['k_prj'\]",
+    ),
+    "trained whole, but absent": (
+        OTHERS,
+        {"modules_to_save": ("pooled",)},
+        r"modules_to_save: no module is called pooled\. (Near in name|It has): .*\.",
+    ),
+    "prompt as long as all positions": (
+        ("prompt tuning", "p-tuning"),
+        {"num_virtual_tokens": 64},
+        r"num_virtual_tokens is 64, which leaves no position of the model's 64 to the text",
+    ),
+}
+for mistake, (which, options, says) in UNFIT.items():
+    for method in which:
+
+        @TABLE.row(f"{method}: {mistake}", says)
+        def _(model, tmp, method=method, options=options):
+            model = small_model(OTHERS[method])
+            config = replace(config_of(method, OTHERS[method]), **options)
+            yield model
+            attach(model, config)
+
+
 # ------------------------------------------------------------------------------------------------- which model
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(4, 4)
+
+
+def of_no_family(kind):
+    """Models without the names that a method knows."""
+    if kind == "Plain":
+        return Plain()
+    if kind == "gpt_neox":
+        return tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**COMMON | TOKENS))
+    picture = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+    return tf.ViTForImageClassification(tf.ViTConfig(**COMMON | picture))
+
+
+NO_FAMILY = {
+    r"[\w-]+ does not know where the family '{}' has its parts; it knows llama, .*": {
+        "Plain": BLOCKWISE,
+        "gpt_neox": BLOCKWISE,
+        "vit": (*BLOCKWISE, "p-tuning v2"),
+    },
+    r"no usual (targets|modules) are known for the model family '{}': name them with targets=.*": {
+        "Plain": ("dora", "adalora", "ia3"),
+        "gpt_neox": ("ia3",),
+        "vit": ("dora", "adalora", "ia3"),
+    },
+    r"P\w+ puts its prompt before .*; this {} has none that it knows": {
+        "Plain": ("prompt tuning", "p-tuning"),
+    },
+    r"P\w+ puts its prompt before text, and this ViTForImageClassification reads none": {
+        "vit": ("prompt tuning", "p-tuning"),
+    },
+    r"P-Tuning v2 trains a head with the prefix, and this \w+ has none: .*": {
+        "Plain": ("p-tuning v2",),
+        "gpt_neox": ("p-tuning v2",),
+    },
+}
+for says, kinds in NO_FAMILY.items():
+    for kind, method in [(kind, method) for kind, which in kinds.items() for method in which]:
+
+        @TABLE.row(f"{method} on {kind}", says.format(kind))
+        def _(model, tmp, method=method, kind=kind):
+            model = of_no_family(kind)
+            default = type(config_of(method, OTHERS[method]))  # the small models' settings name their modules
+            yield model
+            attach(model, default(total_steps=10) if method == "adalora" else default())
+
+
+for method in BLOCKWISE:
+
+    @TABLE.row(f"{method} on a model without layers", r"[\w-]+ found no layers in this LlamaForCausalLM")
+    def _(model, tmp, method=method):
+        model.model.layers = nn.ModuleList()
+        yield
+        attach(model, config_of(method, "llama"))
 
 
 @TABLE.row("family without usual targets", r"no usual targets are known for the model family 'mystery': name them .*")
@@ -143,6 +292,12 @@ def _(model, tmp):
 def _(model, tmp):
     yield
     attach(model, {"r": 8})
+
+
+@TABLE.row("a configuration's class", r"the configuration is a type; attach needs one such as LoRA\(r=8\)", TypeError)
+def _(model, tmp):
+    yield
+    attach(model, LoRA)
 
 
 @TABLE.row("a layer that torch never calls", r"attention\.out_proj: torch reads its weight without calling it, .*")
@@ -170,6 +325,25 @@ def _(model, tmp):
     attached(model)
     yield
     attached(model)
+
+
+for method in OTHERS:
+
+    @TABLE.row(f"{method}: the same name twice", r"the model has an adapter called 'default' already: detach it, or .*")
+    def _(model, tmp, method=method):
+        model = attached_other(method).model
+        yield model
+        attached_other(method, model)
+
+    if not METHODS[method].mergeable:
+
+        @TABLE.row(
+            f"{method}: exported, which would merge it", r"[\w.]+: a \w+ (has|adds|makes) .*, so it cannot be .*"
+        )
+        def _(model, tmp, method=method):
+            adapter = attached_other(method)
+            yield adapter.model
+            adapter.export(tmp / "plain")
 
 
 @TABLE.row("merged twice", r"adapter 'default' is merged already")
@@ -273,6 +447,36 @@ for verb in ("activate", "merge", "unmerge", "detach", "save", "export", "disabl
                 pass
         else:
             getattr(adapter, verb)(*[tmp / "folder"] if verb in ("save", "export") else [])
+
+
+# ------------------------------------------------------------------------------------------------- LoRA+
+
+
+@TABLE.row("groups of a model", r"the adapter is a LlamaForCausalLM; lora_plus_groups needs .*", TypeError)
+def _(model, tmp):
+    attached(model)
+    yield
+    lora_plus_groups(model, 1e-3)
+
+
+for method in ("houlsby", "p-tuning v2", "mam"):
+
+    @TABLE.row(f"groups of {method}", r"\w+ has no matrix B, whose rate LoRA\+ would raise")
+    def _(model, tmp, method=method):
+        adapter = attached_other(method)
+        yield adapter.model
+        lora_plus_groups(adapter, 1e-3)
+
+
+for number in ("lr", "ratio", "embedding_lr", "weight_decay"):
+    for value in (True, math.nan, math.inf, "1"):
+        says = rf"{number} is {value!r}; it must be (zero or )?a positive number"
+
+        @TABLE.row(f"groups with {number}={value!r}", says)
+        def _(model, tmp, number=number, value=value):
+            adapter = attached(model)
+            yield
+            lora_plus_groups(adapter, **{"lr": 1e-3} | {number: value})
 
 
 @TABLE.cases()

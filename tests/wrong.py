@@ -1,7 +1,8 @@
 """The machinery of the tables of wrong input: each row gets one clear sentence, and nothing has changed.
 
 A row is a generator over (model, tmp), a small Llama and an empty folder. What comes before its `yield` is right and
-sets the scene; what comes after it is wrong and must raise. In between, the model and the files are photographed.
+sets the scene; what comes after it is wrong and must raise. In between, the model and the files are photographed; a row
+about another model yields that one.
 """
 
 import re
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from method_table import config_of
 from small_models import small_model
 
 from utils import LoRA, attach
@@ -45,6 +47,31 @@ def attached(model, name="default", **options):
     return attach(model, LoRA(**{"r": 4, "targets": QV, "init": "random_b"} | options), name)
 
 
+# The methods beside LoRA, by their rows of method_table, and a small model for each.
+OTHERS = {
+    "dora": "llama",
+    "adalora": "llama",
+    "houlsby": "llama",
+    "pfeiffer": "llama",
+    "parallel": "llama",
+    "llama-adapter": "llama",
+    "prompt tuning": "llama",
+    "p-tuning": "llama",
+    "prefix through a network": "llama",
+    "p-tuning v2": "bert",
+    "bitfit": "qwen2",
+    "ia3": "llama",
+    "mam": "llama",
+    "unipelt": "llama",
+}
+
+
+def attached_other(method, model=None, name="default"):
+    """An adapter of another method, by default on its model of OTHERS."""
+    model = small_model(OTHERS[method]) if model is None else model
+    return attach(model, config_of(method, OTHERS[method]), name)
+
+
 def photograph(model, tmp):
     """Everything a wrong call might have changed: all bytes of the model (NaN equals NaN then), and all the rest."""
     numbers = {n: t.detach().clone().view(torch.uint8) for n, t in model.state_dict().items()}
@@ -59,7 +86,8 @@ def check(case, tmp):
     """Run one row."""
     model = small_model("llama")
     scene = case.run(model, tmp)
-    next(scene)
+    other = next(scene)
+    model = model if other is None else other
     numbers, rest = photograph(model, tmp)
     with pytest.raises(case.error) as raised:
         next(scene)

@@ -64,7 +64,7 @@ def attach(model, config, name="default"):
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is a {type(model).__name__}; attach needs a torch.nn.Module")
-    if not hasattr(config, "parts"):
+    if isinstance(config, type) or not hasattr(config, "parts"):
         raise TypeError(f"the configuration is a {type(config).__name__}; attach needs one such as LoRA(r=8)")
     others = adapters(model)
     if name in others:

@@ -212,8 +212,9 @@ def load_adapter(model, path, name="default", trainable=True):
         raise TypeError(f"the model is a {type(model).__name__}; load_adapter needs the model first, then the folder")
     before = [a for a in adapters(model).values() if a.active]
     folder = find_folder(path)
+    fields = read_config(folder / CONFIG)
     try:
-        config = read_method(read_config(folder / CONFIG), model)
+        config = read_method(fields, model)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     tensors = read_tensors(folder / WEIGHTS, config)
@@ -253,7 +254,7 @@ def find_folder(path):
 
 
 def read_config(file):
-    if not file.exists():
+    if not file.is_file():
         raise FileNotFoundError(f"{file.parent} holds no {CONFIG}: is it an adapter's folder?")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
@@ -283,7 +284,7 @@ def read_own(fields):
     if fields.get("format_version") != VERSION:
         raise ValueError(f"format_version is {fields.get('format_version')!r}; this version reads {VERSION}")
     name, values = fields.get("method"), fields.get("settings")
-    if name not in HOME:
+    if not isinstance(name, str) or name not in HOME:
         raise ValueError(f"method is {name!r}; this version reads {', '.join(HOME)}")
     if not isinstance(values, dict):
         raise ValueError("it holds no settings")
@@ -315,7 +316,7 @@ def in_peft_terms(config, paths):
 
 def read_tensors(file, config):
     """The tensors of an adapter's safetensors file, names without PEFT's prefix."""
-    if not file.exists():
+    if not file.is_file():
         pickles = [f.name for f in file.parent.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
         if pickles:
             raise ValueError(
@@ -334,7 +335,7 @@ def read_tensors(file, config):
 
 def read_state(file):
     """The tensors of the file for further training, {} if there is none."""
-    return open_tensors(file) if file.exists() else {}
+    return open_tensors(file) if file.is_file() else {}
 
 
 def open_tensors(file):
@@ -343,7 +344,8 @@ def open_tensors(file):
         tensors = load(file.read_bytes())
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None
-    broken = [n for n, t in tensors.items() if not torch.isfinite(t).all()]
+    # torch has no isfinite for float8; whatever has one byte fits into float32
+    broken = [n for n, t in tensors.items() if not torch.isfinite(t.float() if t.itemsize == 1 else t).all()]
     if broken:
         raise ValueError(f"{len(broken)} tensors in {file} hold NaN or infinity, {broken[0]} among them")
     return tensors
@@ -384,15 +386,25 @@ def fill(adapter, tensors, state, trainable):
 
 
 def demand(own, found, extra, where=""):
-    """Raise ValueError unless the tensors found are the own ones by name and shape. extra: names that have no place"""
+    """Raise ValueError unless the tensors found are the own ones by name, shape and kind of numbers.
+
+    extra: names that have no place
+    """
+    both = own.keys() & found.keys()
     problems = [
         (f"{len(names)} tensors {what}{where}: {', '.join(sorted(names)[:3])}")
         for what, names in (
             ("are missing", own.keys() - found.keys()),
             ("have no place", extra),
-            ("have another shape", [n for n in own.keys() & found.keys() if own[n].shape != found[n].shape]),
+            ("have another shape", [n for n in both if own[n].shape != found[n].shape]),
+            ("hold another kind of numbers", [n for n in both if kind_of(own[n]) != kind_of(found[n])]),
         )
         if names
     ]
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def kind_of(tensor):
+    """The dtype, where a floating-point one is as good as another."""
+    return "float" if tensor.is_floating_point() else tensor.dtype

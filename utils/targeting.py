@@ -53,10 +53,12 @@ def select(model, config):
     open_to_all = [p for p in modules if not any(inside(p, whole) for whole in kept_whole)]
     targets = config.targets
     if targets is None:
-        family = getattr(getattr(model, "config", None), "model_type", "")
+        family, name = getattr(getattr(model, "config", None), "model_type", ""), type(model).__name__
         targets = config.default_targets(family)
         if targets is None:
-            raise ValueError(f"no usual targets are known for the model family {family!r}: name them with targets=")
+            raise ValueError(
+                f"no usual targets are known for the model family {family or name!r}: name them with targets="
+            )
     if targets == "all-linear":
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         found = [p for p in open_to_all if is_linear(modules[p]) and modules[p] is not core_of(output)]
@@ -120,7 +122,7 @@ def near_names(paths, targets):
     """A sentence with the module names that resemble what was asked for."""
     last = sorted({p.rsplit(".", 1)[-1] for p in paths if not p.rsplit(".", 1)[-1].isdigit()})
     near = sorted({n for t in targets for n in difflib.get_close_matches(t.rsplit(".", 1)[-1], last, 3, 0.5)})
-    return f"Near in name: {', '.join(near)}." if near else f"It has: {', '.join(last)}."
+    return f"Near in name: {', '.join(near)}." if near else f"It has: {', '.join(last) or 'nothing with a name'}."
 
 
 def whole_modules(model, config):

@@ -336,13 +336,13 @@ class AdaLoRA:
         init_r, alpha = fields.get("init_r", 12), fields.get("lora_alpha", 8)
         tinit, tfinal = fields.get("tinit", 0), fields.get("tfinal", 0)
         pattern = fields.get("rank_pattern") or {}
-        if not isinstance(pattern, Mapping):
+        if not isinstance(pattern, Mapping) or not all(isinstance(kept, list) for kept in pattern.values()):
             raise ValueError(f"rank_pattern is {pattern!r}; it must be a dict with a list of true and false per layer")
         return cls(
             total_steps=fields.get("total_step") or tinit + tfinal + 1,  # older files may say null
             init_r=init_r,
             target_r=fields.get("target_r", 8),
-            alpha=alpha if alpha > 0 else init_r,
+            alpha=init_r if settings.is_number(alpha) and alpha <= 0 else alpha,
             tinit=tinit,
             tfinal=tfinal,
             delta_t=fields.get("deltaT", 1),

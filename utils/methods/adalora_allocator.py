@@ -167,6 +167,9 @@ class AdaLoRAAllocator(Guest):
 
     def load(self, tensors, state, trainable):
         if state:
+            step = int(state["step"])
+            if not 0 <= step < self.end:
+                raise ValueError(f"the file for further training is at step {step} of a schedule of {self.end}")
             self.resume(state)
 
     def facts(self):

@@ -211,6 +211,8 @@ class BottleneckConfig:
         """(family, path) of the layers that get adapters, in the model's order. See families.py."""
         name = type(self).__name__
         found = [(family, path) for family in family_of(model, name) for path in family.layers(model)]
+        if not found:
+            raise ValueError(f"{name} found no layers in this {type(model).__name__}")
         numbers = {layer_number(path) for _, path in found}
         missing = sorted(set(self.layers or ()) - numbers)
         if missing:

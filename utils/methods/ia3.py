@@ -199,7 +199,7 @@ class IA3:
     def decided(self, model):
         """This configuration with what is None by default decided for a model."""
         feedforward, queries = self.feedforward, self.queries
-        family = getattr(getattr(model, "config", None), "model_type", "")
+        family = getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
         if feedforward is None:
             if usual_modules(family) is None:
                 raise ValueError(

@@ -406,6 +406,7 @@ class LoRA:
             others.append(f"init_lora_weights={fields['init_lora_weights']!r}")
         if others:
             raise ValueError(f"the file uses {', '.join(others)}, which is not plain LoRA")
+        settings.one_of("use_rslora", fields.get("use_rslora"), (None, False, True))
         return cls(
             r=fields.get("r", 8),
             alpha=fields.get("lora_alpha", 8),

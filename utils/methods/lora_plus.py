@@ -11,6 +11,9 @@ Worked example: lr 1e-4 and ratio 16 train A at 1e-4 and B at 1.6e-3. The author
     optimizer = torch.optim.AdamW(lora_plus_groups(adapter, lr=1e-4))
 """
 
+import math
+
+from utils.attach import Adapter
 from utils.methods import settings
 
 
@@ -38,12 +41,14 @@ def lora_plus_groups(adapter, lr, ratio=16, weight_decay=0.0, embedding_lr=1e-6)
     weight_decay: of matrices; vectors (biases, norms, magnitudes) get none
     embedding_lr: of LoRA on embeddings, both matrices
     returns [{"params", "lr", "weight_decay", "name"}, ...], empty groups left out
-    raises ValueError for an adapter without B
+    raises ValueError for an adapter without B, TypeError for what is none
     """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"the adapter is a {type(adapter).__name__}; lora_plus_groups needs what attach returns")
     settings.positive("lr", lr)
     settings.positive("ratio", ratio)
     settings.positive("embedding_lr", embedding_lr)
-    if not settings.is_number(weight_decay) or weight_decay < 0:
+    if not settings.is_number(weight_decay) or not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay!r}; it must be zero or a positive number")
     rates = {"A": lr, "B": ratio * lr, "embedding": embedding_lr, "vectors": ratio * lr, "magnitude": lr}
     found = {name: [] for name in rates}

@@ -250,6 +250,9 @@ def prompt_parts(model, config, make):
     # The head of an encoder that classifies texts reads the first position, which is the prompt's.
     reads_first = "SequenceClassification" in type(model).__name__ and task_head(model) == "classifier"
     embedding = core_of(host.get_input_embeddings())
+    if not isinstance(embedding, nn.Embedding):
+        name = type(config).__name__
+        raise ValueError(f"{name} puts its prompt before text, and this {type(model).__name__} reads none")
     rows = length * config.num_transformer_submodules
     parts = {path: make(host, not decoder and not reads_first, rows, embedding, adapter_dtype(embedding))}
     return parts | {p: PromptMask(m, length) for p, m in decoder}
@@ -309,12 +312,12 @@ class PromptTuning:
     def __post_init__(self):
         check_prompt(self)
         settings.one_of("init", self.init, ("vocab", "text", "random"))
-        ids = tuple(self.init_ids)
-        if not all(type(i) is int and i >= 0 for i in ids):
+        ids = self.init_ids
+        if not isinstance(ids, (tuple, list)) or not all(type(i) is int and i >= 0 for i in ids):
             raise ValueError("init_ids must be token numbers, such as tokenizer(text).input_ids")
         if (self.init == "text") != bool(ids):
             raise ValueError("init='text' and init_ids, the numbers of that text's tokens, go together")
-        object.__setattr__(self, "init_ids", ids)
+        object.__setattr__(self, "init_ids", tuple(ids))
 
     def parts(self, model):
         """{path: part}: the prompt, and in an encoder-decoder the decoder's mask."""

@@ -2,6 +2,8 @@
 
 import importlib
 
+from utils.methods.settings import one_of
+
 HOME = {
     "LoRA": "utils.methods.lora",
     "DoRA": "utils.methods.dora",
@@ -37,12 +39,12 @@ def peft_method(fields):
     fields: its content, a dict   raises ValueError for a type that is not one of ours
     """
     kind = fields.get("peft_type")
-    if kind == "LORA" and fields.get("use_dora"):
+    if kind == "LORA" and one_of("use_dora", fields.get("use_dora"), (None, False, True)):
         return method("DoRA")
     known = {}
     for cls in methods():
         known.setdefault(getattr(cls, "peft_type", None), cls)  # the first of a type is the plain one
     known.pop(None, None)
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"peft_type is {kind!r}; this version reads {', '.join(map(repr, sorted(known)))}")
     return known[kind]

@@ -44,9 +44,10 @@ def layer_numbers(value):
 
 def per_module(setting, value, check):
     """A {name or regex: value} dict; every value goes through `check`."""
-    if not isinstance(value or {}, Mapping) or not all(isinstance(k, str) for k in value or {}):
+    value = {} if value is None else value
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
         raise ValueError(f"{setting} is {value!r}; it must be a dict {{name or regular expression: value}}")
-    return {regex(setting, key): check(v) for key, v in (value or {}).items()}
+    return {regex(setting, key): check(v) for key, v in value.items()}
 
 
 def rank(value):
@@ -89,8 +90,8 @@ def float_dtype(setting, value):
 
 
 def one_of(setting, value, known):
-    """One of a few words."""
-    if value not in known:
+    """One of a few words or numbers. True equals 1 to Python, and is another word here."""
+    if not any(type(value) is type(word) and value == word for word in known):
         raise ValueError(f"{setting} is {value!r}; it can be {', '.join(map(repr, known))}")
     return value
 

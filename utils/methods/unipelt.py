@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.methods import settings
-from utils.methods.bottleneck import adapter_num_params
+from utils.methods.bottleneck import INITS, adapter_num_params
 from utils.methods.families import family_of
 from utils.methods.layers import linear_shape
 from utils.methods.lora import LoRALinear, dropout_mask
@@ -276,6 +276,7 @@ class UniPELT:
 
     def __post_init__(self):
         PrefixTuning(self.num_virtual_tokens, self.hidden, self.dropout, self.init_std)  # raises for bad settings
+        settings.one_of("adapter_init", self.adapter_init, INITS)
         self.adapter()
         settings.rank(self.r)
         settings.one_of("lora_init", self.lora_init, ("uniform", "gaussian", "random_b"))
