@@ -1,28 +1,45 @@
-"""Parameters by arithmetic, against transformers on the meta device."""
+"""Parameters by formula: by hand for tiny sizes, and equal to transformers for every architecture of the table."""
 
 import pytest
+import transformers as tf
 
 from utils.architectures import architecture, known
-from utils.memory.counts import llama_parameters
+from utils.memory.counts import (
+    bert_parameters,
+    gpt2_parameters,
+    llama_parameters,
+    opt_parameters,
+    parameters_of,
+    t5_parameters,
+)
 
-LLAMAS = [name for name, facts in known().items() if facts["config"] in ("LlamaConfig", "MistralConfig", "Qwen2Config")]
+
+@pytest.mark.parametrize("name", known())
+def test_as_transformers_counts(name):
+    model = architecture(name)
+    assert parameters_of(model.config) == sum(p.numel() for p in model.parameters())
 
 
 def test_by_hand():
-    """d = 4 with 2 heads, one of them for keys and values: 5 rows of 4 twice, q o k v 16 16 8 8, three 4 x 6."""
-    assert llama_parameters(vocab=5, d=4, d_ff=6, layers=1, heads=2, kv_heads=1) == 2 * 20 + 48 + 72 + 8 + 4
-    assert llama_parameters(vocab=5, d=4, d_ff=6, layers=3, heads=2, kv_heads=1, tied=True) == 20 + 3 * 128 + 4
-    assert llama_parameters(32000, 4096, 11008, 32, 32, 32) == 6_738_415_616
+    """One layer, d = 2, one head. Llama: 16 of attention, 3 x 2 x 3, two norms; 5 rows twice; a last norm."""
+    assert llama_parameters(vocab=5, d=2, d_ff=3, layers=1, heads=1) == 16 + 18 + 4 + 20 + 2
+    assert llama_parameters(5, 2, 3, 1, 1, tied=True, qkv_bias=True) == 16 + 6 + 18 + 4 + 10 + 2
+    assert llama_parameters(5, 4, 3, 1, 2, kv_heads=1) == 2 * 16 + 2 * 8 + 36 + 8 + 40 + 4
+    assert gpt2_parameters(vocab=5, d=2, layers=1, positions=7) == 12 * 4 + 13 * 2 + 24 + 4
+    assert opt_parameters(5, 2, 8, 1, positions=7) == gpt2_parameters(5, 2, 1, positions=9)
+    assert bert_parameters(5, 2, 8, 1, positions=7, segments=2, labels=3) == 74 + 28 + 4 + 6 + 9
+    # encoder 16 + 12 + 4, decoder 32 + 12 + 6, embedding, two last norms, two biases of 4 buckets
+    assert t5_parameters(5, 2, 3, 1, 1, head_dim=2, buckets=4) == 32 + 50 + 10 + 4 + 8
 
 
-@pytest.mark.parametrize("name", LLAMAS)
-def test_transformers_counts_the_same(name):
-    model = architecture(name)
-    c = model.config
-    ours = llama_parameters(
-        c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads,
-        c.num_key_value_heads, c.tie_word_embeddings,
-    )  # fmt: skip
-    biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))  # Qwen2's q, k and v have some
-    assert ours + biases == sum(p.numel() for p in model.parameters())
-    assert bool(biases) == (c.model_type == "qwen2")
+def test_a_head_wider_than_its_share_and_another_classifier():
+    config = tf.LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=5, num_hidden_layers=2,
+                            num_attention_heads=2, num_key_value_heads=1, head_dim=6, pad_token_id=0)  # fmt: skip
+    assert parameters_of(config) == tf.LlamaForCausalLM(config).num_parameters()
+    bert = architecture("BERT-base", "BertForSequenceClassification", num_labels=2)
+    assert bert_parameters(30522, 768, 3072, 12, labels=2) == bert.num_parameters()
+
+
+def test_a_family_without_a_formula():
+    with pytest.raises(ValueError, match="no formula for the parameters of 'falcon'"):
+        parameters_of(tf.FalconConfig())

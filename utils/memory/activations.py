@@ -17,7 +17,7 @@ float32 whatever e is. What an adapter keeps beside all this is in `methods`.
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from utils.memory.methods import AT_ATTENTION, AT_LINEAR, AT_NORM, copies, of
+from utils.memory.methods import AT_ATTENTION, AT_LINEAR, AT_NORM, copies, noise, of
 
 # ------------------------------------------------------------------------------------------ what a run depends on
 
@@ -30,6 +30,7 @@ class Needs:
     norms      whether the weights of the norms train        embedding, head: whether those two do
     start      whether the input of the first block needs a gradient (a trained embedding, or a prompt in front)
     parts      name of a linear layer, a norm, or "attention" -> the parts of an adapter there, see `methods`
+    distances  whether the biases by distance train, of T5's attention
     prompt     tokens that a prompt puts in front of the text
     extra      bytes kept once, whatever the batch: of the network that makes a prompt or a prefix
     """
@@ -40,6 +41,7 @@ class Needs:
     head: bool = False
     start: bool = False
     parts: dict = field(default_factory=dict)
+    distances: bool = False
     prompt: int = 0
     extra: int = 0
 
@@ -53,20 +55,30 @@ LINEAR = {  # path within a block -> what the formulas call the linear layer the
     "opt": {f"self_attn.{name}_proj": name[0] for name in ("q", "k", "v", "out")} | {"fc1": "up", "fc2": "down"},
     "bert": {f"attention.self.{name}": name[0] for name in ("query", "key", "value")}
     | {"attention.output.dense": "o", "intermediate.dense": "up", "output.dense": "down"},
-}
+    "t5": {f"layer.0.SelfAttention.{name}": name for name in "qkvo"}
+    | {f"layer.1.EncDecAttention.{name}": f"cross {name}" for name in "qkvo"}
+    | {f"layer.{i}.DenseReluDense.{path}": name for i in (1, 2)
+       for path, name in (("wi", "up"), ("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))},
+}  # fmt: skip
 NORMS = {  # path within a block -> what the formulas call the norm there
-    "llama": {"input_layernorm": "norm1", "post_attention_layernorm": "norm2", "self_attn.q_norm": "q norm",
-              "self_attn.k_norm": "k norm"},
+    "llama": {
+        "input_layernorm": "norm1",
+        "post_attention_layernorm": "norm2",
+        "self_attn.q_norm": "q norm",
+        "self_attn.k_norm": "k norm",
+    },
     "gemma": {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"},
     "gpt2": {"ln_1": "norm1", "ln_2": "norm2"},
     "opt": {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"},
     "bert": {"attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2"},
+    "t5": {f"layer.{i}.layer_norm": f"norm{i + 1}" for i in range(3)},
 }
 
 
 def everything(shape):
     """The Needs of full fine-tuning."""
-    return Needs(frozenset(LINEAR[shape.block].values()), norms=True, embedding=True, head=True, start=True)
+    return Needs(frozenset(LINEAR[shape.block].values()), norms=True, embedding=True, head=True, start=True,
+                 distances=shape.block == "t5")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,9 @@ class Run:
 
     needs   a Needs, which holds for the ends of the model and for all blocks, unless `blocks` has one for each
     e       bytes per activation        attention: "sdpa" or "eager"        device: "cpu" or "cuda"
+    checkpointing  True, or how many of the first blocks keep only their inputs
+    quantized, dropout  whether the linear layers are in 4 bits, and whether the model's own dropout is on
+    target  tokens of an encoder-decoder's answer, where `length` is the question's; None: the same
     """
 
     batch: int
@@ -82,10 +97,12 @@ class Run:
     needs: Needs
     e: int = 4
     attention: str = "sdpa"
-    checkpointing: bool = False
+    checkpointing: bool | int = False
     blocks: tuple[Needs, ...] = ()
+    target: int | None = None
     device: str = "cpu"
     quantized: bool = False
+    dropout: bool = False
 
     @property
     def n(self):
@@ -126,7 +143,7 @@ class Block:
         self.stream = self.tensor(shape.d, flows)
         self.ffn = self.attention_input = None
         self.rotates = False
-        self.masked = run.attention == "eager" and shape.block not in ("bert", "t5")  # a mask is written out
+        self.masked = run.attention == "eager" and shape.block != "bert"  # a mask is written out
 
     def tensor(self, width, flows):
         """A new tensor with `width` numbers per token."""
@@ -160,14 +177,17 @@ class Block:
         for part in self.needs.parts.get(name, ()):
             x, flows = of(part, AT_NORM)(self, part, x, flows)
         self.terms["norms"] += self.kept_by_norm(flows)
-        x.kept = flows and (self.e == 4 or NORM[self.shape.block] is layer_norm)  # else in float32, another tensor
+        in_float32 = NORM[self.shape.block] in (rms_norm, gemma_norm)  # in half precision that is another tensor
+        x.kept = flows and (self.e == 4 or not in_float32)
         return self.like(x, flows or self.needs.norms)
 
     def head_norm(self, name, x, heads):
         """Qwen3 norms every head's queries and keys: `heads` times as many rows of head_dim numbers."""
         run, width = replace(self.run, batch=self.run.batch * heads), self.shape.head_dim
         self.terms["norms"] += rms_norm(run, width, x.flows)
-        self.terms["adapters"] += sum(copies(self, *p.copies.values()) for p in self.needs.parts.get(name, ())) * x.flows
+        self.terms["adapters"] += (
+            sum(copies(self, *p.copies.values()) for p in self.needs.parts.get(name, ())) * x.flows
+        )
         return self.like(x, x.flows or self.needs.norms)
 
     def kept_by_norm(self, flows):
@@ -183,8 +203,15 @@ class Block:
         own = any(flows) and self.run.attention == "sdpa" and len(parts) == (columns > 0)
         return Activation(self.n * self.shape.q_dim, any(flows) or len(parts) > 0, kept=own)
 
+    def drop(self, x):
+        """The model's own dropout."""
+        self.terms["dropout"] += dropout_masks(self.run, x.numbers) * x.flows
+        return self.like(x) if self.run.dropout else x
+
     def add(self, x):
-        """The residual addition, which keeps nothing."""
+        """The residual addition, which keeps nothing. Where a family has dropout, it drops what is added."""
+        if DROPS[self.shape.block]:
+            x = self.drop(x)
         self.stream = self.tensor(self.shape.d, self.stream.flows or x.flows)
 
     @property
@@ -210,6 +237,12 @@ def gemma_norm(run, d, flows):
     return kept + (4 * run.n * d if run.needs.norms else 0)
 
 
+def t5_norm(run, d, flows):
+    """As rms_norm, but only the squares are taken in float32: in half precision x is kept in both. + e n d"""
+    both = run.e * run.n * d if flows and run.e < 4 else 0
+    return rms_norm(run, d, flows) + both
+
+
 def layer_norm(run, d, flows):
     """y = w (x - mean) / std + b, in one kernel: keeps x, and mean and 1/std per token. e n d + 2 e n
 
@@ -226,7 +259,9 @@ def attention(run, shape, flows, columns=0):
     eager   keeps q, k and v repeated to all heads, and the probabilities: in float32 as the softmax made them, and
             in half precision once more for the product with v: 3 e n q_dim + 4 n length heads (+ e n length heads)
     flows: three booleans, for q, k and v
-    columns: keys in front of the text's, of a prefix. A causal mask with room for them is written out, which sdpa keeps,
+    Dropout of probabilities adds its draws and the dropped ones in eager; sdpa on CUDA keeps but a seed (on a CPU it
+    has no such kernel and is as eager, which is not counted).
+    columns: keys in front, of a prefix. A causal mask with room for them is written out, which sdpa keeps,
     e length (length + columns), and for which it has k and v repeated to all heads. BERT has no mask.
     """
     q, k, v = flows
@@ -246,7 +281,9 @@ def attention(run, shape, flows, columns=0):
     square = run.n * (run.length + columns) * shape.heads
     as_computed = run.e if shape.block in ("gpt2", "bert") else 4  # these two do not ask for a softmax in float32
     softmax = q or k
-    copy = v and not (softmax and as_computed == run.e)
+    dropped = run.dropout and DROPS[shape.block] == "probabilities"  # another tensor, and the draws
+    copy = v and (dropped or not (softmax and as_computed == run.e))
+    kept += dropout_masks(run, square) if dropped and softmax else 0
     return kept + square * (as_computed * softmax + run.e * copy) + left
 
 
@@ -259,6 +296,11 @@ def gated(run, d_ff, flows):
 def gelu_new(run, d_ff):
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) written out: x, 0.5 x, the tanh and 1 + tanh. 4 e n d_ff"""
     return 4 * run.e * run.n * d_ff
+
+
+def dropout_masks(run, numbers):
+    """What dropout keeps of its draws, whatever its probability: e bytes each on a CPU, one byte each on CUDA."""
+    return noise(run, run.dropout, numbers)
 
 
 def rotary_tables(run, shape):
@@ -285,7 +327,7 @@ def block_kept(n, d, d_ff, heads, kv_heads, head_dim, e=2):
     """What one block of a Llama keeps in full fine-tuning with sdpa, in bytes.
 
     two norms        x in float32, 1/rms, and x / rms for the norm's own weight: 4 n d + 4 n + e n d each
-    linear inputs    of q, k and v together, of gate and up together, of down: e n (2 d + d_ff); o reads what attention kept
+    linear inputs    of q, k and v together, of gate and up together, of down: e n (2 d + d_ff); o reads attention's output
     attention        `attention_kept`
     act(gate) * up   gate, act(gate) and up: 3 e n d_ff
     """
@@ -327,7 +369,7 @@ def llama_block(run, shape, flows):
     """norm, attention with rotary positions, norm, gated feed-forward: Llama, Mistral, Qwen, and Gemma."""
     block = Block(run, shape, flows)
     h = block.attention_input = block.norm("norm1", block.stream)
-    q, k, v = (block.linear(name, h, width) for name, width in zip("qkv", (shape.q_dim, *[shape.kv_dim] * 2)))
+    q, k, v = block.linear("q", h, shape.q_dim), *(block.linear(name, h, shape.kv_dim) for name in "kv")
     if shape.head_norms:
         q, k = block.head_norm("q norm", q, shape.heads), block.head_norm("k norm", k, shape.kv_heads)
     block.add(block.linear("o", block.attend(q, k, v), shape.d))
@@ -385,7 +427,74 @@ def bert_block(run, shape, flows):
     return block.done
 
 
+def t5_attention(block, name, q, k, v, keys, trained_bias=False):
+    """softmax(q k^T + bias) v, with scores that are biased by distance. keys: per row
+
+    sdpa    takes the bias as a mask: a copy in every layer, and in cross-attention, where it is zeros, one for all
+    eager   as in GPT-2, and so does sdpa when the bias is trained, whose kernels on a CPU have no gradient for it, but
+            then all in float32
+    A decoder's bias has minus infinity for tokens to come; a trained one keeps the booleans of that, in sdpa.
+    """
+    run, shape = block.run, block.shape
+    if name != "cross":
+        columns = sum(of(part, AT_ATTENTION)(block, part, q) for part in block.needs.parts.get("attention", ()))
+        front = run.batch * columns * shape.q_dim
+        k, v = (Activation(t.numbers + front, t.flows or columns > 0) for t in (k, v))
+        keys += columns
+    flows = q.flows or k.flows or v.flows or trained_bias
+    out = Activation(q.numbers, flows)
+    scores = run.n * keys * shape.heads
+    if run.attention == "sdpa" and not trained_bias and flows:
+        block.terms["attention"] += run.e * (2 * q.numbers + k.numbers + v.numbers) + 4 * run.n * shape.heads
+        if name != "cross":
+            block.terms["attention"] += run.e * scores // run.batch
+        out.kept = True
+    elif flows:
+        softmax = q.flows or k.flows or trained_bias
+        kept = q.numbers * k.flows + k.numbers * q.flows + v.numbers * softmax + scores * run.dropout * v.flows
+        block.terms["dropout"] += dropout_masks(run, scores) * softmax
+        block.terms["attention"] += (4 if run.attention == "sdpa" else run.e) * (kept + scores)
+    if trained_bias and run.attention == "sdpa" and name == "decoder":
+        block.terms["attention"] += run.length * keys
+    return out
+
+
+def t5_block(run, shape, flows, encoded=None, trained_bias=False):
+    """norm, attention, in a decoder norm and attention to what the encoder put out, norm, feed-forward.
+
+    encoded: what the encoder put out, an Activation; None in the encoder itself
+    """
+    block = Block(run, shape, flows)
+    block.masked &= encoded is not None
+    h = block.attention_input = block.norm("norm1", block.stream)
+    q, k, v = (block.linear(name, h, shape.q_dim) for name in "qkv")
+    kind = "encoder" if encoded is None else "decoder"
+    block.add(block.linear("o", t5_attention(block, kind, q, k, v, run.length, trained_bias), shape.d))
+    last = "norm2"
+    if encoded is not None:
+        last, keys = "norm3", encoded.numbers // shape.d // run.batch
+        q = block.linear("cross q", block.norm("norm2", block.stream), shape.q_dim)
+        like_encoded = Block(replace(run, length=keys), shape, False)
+        like_encoded.terms = block.terms
+        k, v = (like_encoded.linear(f"cross {name}", encoded, shape.q_dim) for name in "kv")
+        block.add(block.linear("cross o", t5_attention(block, "cross", q, k, v, keys), shape.d))
+    block.ffn = block.norm(last, block.stream)
+    up = block.linear("up", block.ffn, shape.d_ff)
+    if shape.gated:
+        gate = block.linear("gate", block.ffn, shape.d_ff)
+        block.terms["feed-forward"] += gelu_new(run, shape.d_ff) * gate.flows
+        block.terms["feed-forward"] += run.e * run.n * shape.d_ff * (gate.flows + up.flows)
+        inside = block.tensor(shape.d_ff, gate.flows or up.flows)
+    else:
+        inside = block.like(up)
+        if up.flows:
+            block.keep(inside, "feed-forward")  # relu keeps its output
+    block.add(block.linear("down", block.drop(inside), shape.d))
+    return block.done
+
+
 BLOCKS = {"llama": llama_block, "gemma": llama_block, "gpt2": gpt2_block, "opt": opt_block, "bert": bert_block}
+BLOCKS["t5"] = t5_block
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -397,13 +506,15 @@ def activations(shape, run):
     With checkpointing every block keeps only its input; what one block keeps is then needed again while its backward
     pass runs, see `estimate`.
     """
+    if shape.block == "t5":
+        return t5_activations(shape, run)
     kept = Kept(flows=run.needs.start)
     longer = replace(run, length=run.length + run.needs.prompt)  # of the tokens, with a prompt in front
     embedding(kept, shape, run, longer)
     rotates = False
-    for needs in run.blocks or (run.needs,) * shape.layers:
+    for number, needs in enumerate(run.blocks or (run.needs,) * shape.layers):
         inside = BLOCKS[shape.block](replace(longer, needs=needs), shape, kept.flows)
-        if run.checkpointing:
+        if checkpointed(run.checkpointing, number):
             kept.terms["block inputs"] += run.e * longer.n * shape.d
         else:
             kept.terms += inside.terms
@@ -415,16 +526,60 @@ def activations(shape, run):
     return kept
 
 
+def checkpointed(checkpointing, number):
+    """Whether block `number` keeps only its input. checkpointing: True, False, or how many of the first blocks do"""
+    return checkpointing is True or number < checkpointing
+
+
+def t5_activations(shape, run):
+    """The same for an encoder-decoder: run.length tokens go in, and the loss is on run.target of them."""
+    decoding = replace(run, length=run.length if run.target is None else run.target)
+    run = replace(run, length=run.length + run.needs.prompt)
+    blocks = run.blocks or (run.needs,) * (shape.layers + shape.decoder_layers)
+    kept, encoded = Kept(), None
+    trained_bias = run.needs.distances
+    for one, needs_of_stack in ((run, blocks[: shape.layers]), (decoding, blocks[shape.layers :])):
+        flows = run.needs.embedding or (run.needs.start and encoded is None)
+        kept.terms["dropout"] += dropout_masks(run, one.n * shape.d) * flows
+        for number, needs in enumerate(needs_of_stack, 0 if encoded is None else shape.layers):
+            inside = t5_block(replace(one, needs=needs), shape, flows, encoded, trained_bias)
+            if checkpointed(run.checkpointing, number):
+                kept.terms["block inputs"] += run.e * one.n * shape.d
+            else:
+                kept.terms += inside.terms
+            flows = inside.flows
+        if run.needs.embedding:
+            kept.terms["token numbers"] += 8 * one.batch * (one.length - (encoded is None) * run.needs.prompt)
+        if trained_bias:
+            kept.terms["token numbers"] += 8 * one.length**2
+        block = Block(one, shape, flows)
+        if encoded is not None:
+            block.needs = replace(block.needs, parts={"last norm": block.needs.parts.get("decoder norm", ())})
+        h = block.drop(block.norm("last norm", block.stream))
+        kept.terms += block.terms
+        if encoded is not None and run.attention == "sdpa":
+            kept.terms["attention"] += run.e * one.length * encoded.numbers // shape.d // run.batch * shape.heads
+        encoded = h
+    kept.terms["linear inputs"] += run.e * decoding.n * shape.d * run.needs.head
+    kept.terms["loss"] += run.e * decoding.n * shape.vocab + 8 * decoding.n + run.e  # in the logits' own dtype
+    kept.terms["made by a network"] += run.needs.extra
+    kept.flows = h.flows
+    return kept
+
+
 def embedding(kept, shape, run, longer):
     """A trained embedding keeps the numbers it looked up: 8 n for tokens, and those of learned positions and segments,
     where they are not the same for every row (RoBERTa counts both anew for each)."""
     if run.needs.embedding:
         positions = {"opt": 8 * run.n, "gpt2": 8 * run.length, "bert": 8 * run.length, "roberta": 16 * run.n}
         kept.terms["token numbers"] += 8 * run.n + positions.get(shape.family, positions.get(shape.block, 0))
+    block = Block(longer, shape, kept.flows)
     if shape.block == "bert":
-        block = Block(longer, shape, kept.flows)
-        kept.flows = block.norm("embedding norm", block.stream).flows
-        kept.terms += block.terms
+        block.stream = block.norm("embedding norm", block.stream)
+    if shape.block in ("bert", "gpt2"):
+        block.drop(block.stream)
+    kept.terms += block.terms
+    kept.flows = block.stream.flows
 
 
 def decoder_head(kept, shape, run, longer):
@@ -448,7 +603,10 @@ def bert_head(kept, shape, run, longer):
     others = first.kept * e * (longer.n - batch) * shape.d
     kept.terms += block.terms + Counter({"linear inputs": others + run.needs.head * e * longer.n * shape.d})
     kept.terms["head"] += e * batch * shape.d
+    if run.dropout:  # the classifier reads another tensor then
+        kept.terms["dropout"] += dropout_masks(run, batch * shape.d) + e * batch * shape.d
     kept.terms["loss"] += e * batch * shape.labels + 8 * batch + e
 
 
-NORM = {"llama": rms_norm, "gemma": gemma_norm} | dict.fromkeys(("gpt2", "opt", "bert"), layer_norm)
+DROPS = {"llama": None, "gemma": None, "opt": "outputs"} | dict.fromkeys(("gpt2", "bert", "t5"), "probabilities")
+NORM = {"llama": rms_norm, "gemma": gemma_norm, "t5": t5_norm} | dict.fromkeys(("gpt2", "opt", "bert"), layer_norm)

@@ -128,7 +128,7 @@ def norm_bias(block, part, x, flows):
 def trained_norm(block, part, x, flows):
     """Trained copies of a norm's numbers, rounded: e d each where the kernel keeps them (a LayerNorm both, an RMSNorm
     its w for x's gradient, Gemma's makes another tensor of it)."""
-    kept = {"llama": flows, "gemma": False}.get(block.shape.block, True)
+    kept = {"llama": flows, "t5": flows, "gemma": False}.get(block.shape.block, True)
     block.terms["adapters"] += copies(block, *part.copies.values()) * kept
     return x, flows
 
