@@ -109,7 +109,8 @@ def test_output_is_the_base_on_the_longer_input(architecture):
     assert torch.equal(found.logits, expected.logits[:, L:])
     for own, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(own, theirs[:, L:])
-    assert all(a.shape[-2:] == (15, 15) for a in found.attentions)  # of 4 + 11: each row sums to one
+    weights = [a for a in found.attentions if a is not None]  # older versions have none of sdpa for some
+    assert all(a.shape[-2:] == (15, 15) for a in weights)  # of 4 + 11: each row sums to one
     given = model(
         inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]), attention_mask=inputs["attention_mask"]
     )
@@ -219,7 +220,7 @@ def test_cached_steps_are_one_long_pass(architecture):
 def test_generation_with_and_without_cache(architecture, settings):
     model, adapter, part = prompted(architecture)
     inputs = {k: v.flip(1) for k, v in batch(model).items() if k != "decoder_input_ids"}
-    settings = settings | {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+    settings = settings | {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0, "suppress_tokens": [0]}
     found = []
     for cached in (True, False):
         torch.manual_seed(0)
