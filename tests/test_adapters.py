@@ -27,7 +27,7 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from utils import LoRA, adapters, attach, load_adapter
+from utils import IA3, AdaLoRA, HoulsbyAdapter, LoRA, PTuning, adapters, attach, load_adapter
 from utils.checkpoint import CONFIG
 
 START = {"r": 3, "alpha": 2, "init": "random_b"}  # an adapter that is not the identity
@@ -119,6 +119,30 @@ def test_merging_with_two():
     torch.testing.assert_close(output(model), y2, rtol=0, atol=1e-5)
     second.detach()
     assert torch.equal(output(model), base)
+
+
+@pytest.mark.parametrize(
+    "config", [LoRA(targets=("o_proj",), init="random_b"), IA3(), AdaLoRA(9, init="random_e")], ids=str
+)
+def test_beside_the_parts_of_a_method_that_is_off(config):
+    """Houlsby's parts live in the layers that the other adapts: off, they change no bit and stand in no merge's way."""
+    model = small_model("llama_gqa")
+    adapter = attach(model, config)
+    move(adapter)
+    alone = output(model)
+    attach(model, HoulsbyAdapter(), "houlsby")
+    adapter.activate()
+    assert torch.equal(output(model), alone)
+    adapter.merge()
+    torch.testing.assert_close(output(model), alone, rtol=0, atol=1e-5)
+    adapter.unmerge()
+    assert torch.equal(output(model), alone)
+
+
+def test_saving_leaves_nothing_of_the_adapter_that_was_in_the_folder(tmp_path):
+    attach(small_model("llama_gqa"), PTuning(num_virtual_tokens=3)).save(tmp_path)
+    attach(small_model("llama_gqa"), LoRA()).save(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_detached_while_disabled():

@@ -9,7 +9,7 @@ from small_models import WITH_BIASES, backward, bits, logits, move, output, same
 from torch import nn
 from wrong import Table, check
 
-from utils import BitFit, LoRA, adapters, attach, load_adapter
+from utils import BitFit, HoulsbyAdapter, LoRA, PfeifferAdapter, adapters, attach, load_adapter
 from utils.architectures import architecture
 from utils.checkpoint import CONFIG, WEIGHTS, open_tensors
 from utils.measure import saved_bytes
@@ -198,6 +198,15 @@ def test_beside_lora():
     assert torch.equal(output(model), only_lora)
     lora.detach()
     assert torch.equal(output(model), base) and same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize("architecture, other", [("bert", PfeifferAdapter()), ("opt", HoulsbyAdapter())], ids=str)
+def test_beside_adapters_inside_the_same_layers(architecture, other):
+    """A layer that another method's part lives in is a single layer still."""
+    alone = [n for n, _ in attach(small_model(architecture), BitFit()).named_parameters()]
+    model = small_model(architecture)
+    attach(model, other, "other")
+    assert [n for n, _ in attach(model, BitFit()).named_parameters()] == alone
 
 
 # ------------------------------------------------------------------------------------------------- wrong input

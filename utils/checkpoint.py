@@ -71,6 +71,8 @@ def save_adapter(adapter, path):
             part.write_bytes(content)
         for part, file in parts.items():
             os.replace(part, file)
+        if STATE not in files:  # another adapter's, which was in this folder before
+            (path / STATE).unlink(missing_ok=True)
     except OSError as error:
         if path.is_dir():
             for part in parts:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from utils.methods import settings
-from utils.methods.parts import Wrapper, adapter_dtype, core_of
+from utils.methods.parts import Guest, Wrapper, adapter_dtype, core_of
 from utils.targeting import called, inside, matches, module_tree, narrow, near_names, whole_modules
 
 # ---------------------------------------------------------------------------------------------- what is trained
@@ -114,7 +114,9 @@ class BitFit:
         modules = {path: core_of(m) for path, m in module_tree(model) if path}
         modules = {path: m for path, m in modules.items() if not any(inside(path, w) for w in whole)}
         # Only single layers: where a head holds its layer's bias as well (BERT's decoder), it is the layer's.
-        biased = [p for p, m in modules.items() if m._parameters.get("bias") is not None and not any(m.children())]
+        # The parts of another adapter that live in a layer are no layers.
+        single = [p for p, m in modules.items() if all(isinstance(child, Guest) for child in m.children())]
+        biased = [p for p in single if modules[p]._parameters.get("bias") is not None]
         if not biased:
             raise ValueError(f"this {type(model).__name__} has no biases, so BitFit has nothing to train")
         found = [n.removesuffix(".bias") for n in bias_names([f"{p}.bias" for p in biased], self.targets)]

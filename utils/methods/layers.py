@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from utils.methods.parts import Part
+
 
 def is_conv1d(module):
     """GPT-2's Conv1D: a linear layer that stores its weight as (d_in, d_out). Told by name, to import nothing."""
@@ -18,10 +20,12 @@ def linear_shape(module):
 def plain_weight(layer):
     """The (d_out, d_in) weight of a layer that is a matrix product and nothing more, else None.
 
-    A layer with hooks, or a forward put on the instance (device maps do that), must be called, not read.
+    A layer with hooks, or a forward put on the instance (device maps do that), must be called, not read. The hooks of
+    another adapter that is switched off do nothing.
     """
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if any(hooks) or "forward" in layer.__dict__:
+    kinds = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    owners = [getattr(hook, "__self__", None) for hooks in kinds for hook in hooks.values()]
+    if any(not isinstance(owner, Part) or owner.on for owner in owners) or "forward" in layer.__dict__:
         return None
     if type(layer) is nn.Linear:
         return layer.weight
