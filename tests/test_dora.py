@@ -396,6 +396,12 @@ def test_one_norm_for_all_passes_between_two_steps(counted):
         fresh(part)
 
 
+def test_what_is_remembered_has_no_graph():
+    part = layer(nn.Linear(32, 24))  # not frozen yet, as `attach` finds a model
+    part.norm()
+    assert not part._w_sq.requires_grad and not part._norm.requires_grad
+
+
 def test_m_is_no_part_of_the_norm():
     part = DoRALinear(frozen_linear(), 2, 4)
     before = part.norm().clone()

@@ -23,7 +23,7 @@ from small_models import (
 )
 from torch import nn
 
-from utils import PrefixTuning, attach, load_adapter
+from utils import PrefixTuning, adapters, attach, load_adapter
 from utils.attach import count_parameters
 from utils.checkpoint import CONFIG, STATE, file_tensors
 from utils.methods.prefix import (
@@ -304,6 +304,18 @@ def test_training_goes_on_from_the_network(tmp_path):
         step(other, loaded)
     assert torch.equal(output(other), output(model))
     assert len(loaded.parameters()) == 7  # E, W1, b1 and two W2, two b2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_network_in_another_dtype_is_saved_and_loaded(dtype, tmp_path):
+    model = small_model("llama_gqa")
+    attach(model, PrefixTuning(5, hidden=6)).save(tmp_path / "before")
+    model.to(dtype)  # base and adapter
+    adapters(model)["default"].save(tmp_path / "after")
+    for folder in ("before", "after"):
+        other = small_model("llama_gqa", dtype)
+        load_adapter(other, tmp_path / folder)
+        assert (output(other) - output(model)).norm() < 0.05 * output(model).norm()
 
 
 def test_without_the_network_a_prefix_goes_on_flat(tmp_path):

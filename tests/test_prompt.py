@@ -215,6 +215,19 @@ def test_cached_steps_are_one_long_pass(architecture):
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-5 * whole.abs().max().item())
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("architecture", ["llama_gqa", "opt"])
+def test_a_cache_does_not_go_into_a_second_generation(architecture, masked):
+    """generate() would leave out as many tokens as the cache is long, which is too many by the prompt."""
+    model, adapter, part = prompted(architecture)
+    ids = batch(model)["input_ids"][:1]
+    found = model.generate(input_ids=ids, max_new_tokens=4, return_dict_in_generate=True, pad_token_id=0)
+    longer = torch.cat([found.sequences, ids], dim=1)
+    inputs = {"input_ids": longer} | ({"attention_mask": torch.ones_like(longer)} if masked else {})
+    with pytest.raises(ValueError, match="and no past_key_values"):
+        model.generate(**inputs, past_key_values=found.past_key_values, max_new_tokens=4, pad_token_id=0)
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
 @pytest.mark.parametrize("architecture", ["llama_gqa", "gpt2", "opt", "t5"])
 def test_generation_with_and_without_cache(architecture, settings):

@@ -89,8 +89,9 @@ def dora_norm(W, A, B, scale, w_sq=None):
     return (w_sq + 2 * scale * cross + scale**2 * square).clamp(min=0).sqrt()
 
 
+@torch.no_grad()
 def squared_rows(W):
-    """|W|^2 by row, (d_out,), in float32 or wider."""
+    """|W|^2 by row, (d_out,), without a gradient, in float32 or wider."""
     return torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, torch.float32)).square()
 
 

@@ -158,7 +158,8 @@ class Prefix(Guest):
         if self.mlp and state:
             for name, own in self.tensors().items():
                 own.copy_(state[name])
-            if not torch.allclose(self.exported()["prompt_embeddings"].cpu(), prompt.float(), rtol=1e-3, atol=1e-3):
+            made = self.exported()["prompt_embeddings"]
+            if (made - prompt.to(made)).norm() > 0.01 * made.norm():  # further apart than bfloat16's rounding
                 raise ValueError("the network in training_state.safetensors makes another prefix than the file holds")
             return
         if self.mlp:

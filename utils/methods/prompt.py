@@ -145,6 +145,16 @@ class Prompts(Guest):
         ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         # In generation, the cache holds the prompt from the first step on. (Ids and embeddings: the host complains.)
         self.added = (cache is None or cache.get_seq_length() == 0) and (ids is None) != (embeddings is None)
+        if cache is not None and not self.added:
+            new = (embeddings if ids is None else ids).shape[1]
+            text = None if mask is None else mask.shape[1]  # with the new tokens
+            if mask is None and positions is not None and new > 1:  # of single tokens a GPU would have to wait for it
+                text = int(positions.max()) + 1
+            if text is not None and text + self.length != cache.get_seq_length() + new:
+                raise ValueError(
+                    f"the cache holds the prompt's {self.length} positions too, so its length is not that of the text "
+                    "before: give generate() the whole text and no past_key_values"
+                )
         if positions is not None:
             longer = extend_positions(positions, self.length, self.first)
             kwargs["position_ids"] = longer if self.added else longer[:, self.length :]
