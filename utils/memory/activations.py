@@ -327,7 +327,7 @@ def block_kept(n, d, d_ff, heads, kv_heads, head_dim, e=2):
     """What one block of a Llama keeps in full fine-tuning with sdpa, in bytes.
 
     two norms        x in float32, 1/rms, and x / rms for the norm's own weight: 4 n d + 4 n + e n d each
-    linear inputs    of q, k and v together, of gate and up together, of down: e n (2 d + d_ff); o reads attention's output
+    linear inputs    of q, k and v together, of gate and up together, of down: e n (2 d + d_ff); o shares its own
     attention        `attention_kept`
     act(gate) * up   gate, act(gate) and up: 3 e n d_ff
     """
