@@ -86,3 +86,11 @@ def test_pictures_fit_together_in_one_figure():
 
 def test_palette_is_distinct():
     assert len(set(plots.PALETTE)) == len(plots.PALETTE) == len(plots.MARKERS) == 8
+
+
+def test_a_timeline_shows_phases_and_predictions():
+    line = [1e6, 3e6, 2e6, 1e6]
+    ax = plots.timeline(line, {"forward": 2, "backward": 4}, predicted={"loss": (1, 4e6)}, title="A step")
+    assert ax.lines[0].get_ydata().tolist() == [1, 3, 2, 1]
+    assert ax.lines[-1].get_label() == "loss" and ax.lines[-1].get_ydata()[0] == 4 < ax.get_ylim()[1]
+    assert {"forward", "backward", "A step", "MB"} <= set(texts(ax))

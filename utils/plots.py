@@ -147,6 +147,27 @@ def spectrum(values, *, ax=None, rank=None, title="", ylabel="singular value / l
     return ax
 
 
+def timeline(line, phases, *, ax=None, predicted=None, title=""):
+    """Live bytes over a step, in MB, one point per operation. line: bytes after each   phases: {name: where it ends}
+
+    predicted: {moment: (where, bytes)}, drawn as marks over the line. Returns the Axes.
+    """
+    ax = ax or panels()[0]
+    ax.fill_between(range(len(line)), np.asarray(line) / 1e6, color=DATA, alpha=0.25, linewidth=0)
+    ax.plot(np.asarray(line) / 1e6, color=DATA, linewidth=1.2)
+    top, start = 1.12 * max([*line, *(size for _, size in (predicted or {}).values())]) / 1e6, 0
+    for name, end in phases.items():
+        ax.axvline(end, color=INK, linewidth=0.8, linestyle="--")
+        ax.text((start + end) / 2, 1, name, ha="center", va="bottom", fontsize=8, transform=ax.get_xaxis_transform())
+        start = end
+    for (name, (where, size)), marker in zip((predicted or {}).items(), MARKERS, strict=False):
+        ax.plot(where, size / 1e6, marker, color=TRAINED, markeredgecolor=INK, label=name)
+    ax.set(xlim=(0, len(line)), ylim=(0, top))
+    _finish(ax, "operations", "MB", title)
+    ax.set_title(title, pad=16)
+    return ax
+
+
 def lora_picture(d_in=4096, d_out=4096, r=8):
     """The mechanism of LoRA: the wide frozen way through W, and the narrow trained way through A and B."""
     figure, ax = plt.subplots(figsize=(7, 3.6))

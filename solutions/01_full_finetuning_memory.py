@@ -1,0 +1,1097 @@
+# %% [markdown]
+# # 1. Full fine-tuning, and where its memory goes
+#
+# A model of 7 billion numbers takes 14 GB in 16 bits. A GPU with 24 GB has room for it. And yet the first training step
+# ends with *CUDA out of memory*. This chapter follows every byte of a training step until you can say beforehand how
+# many there will be, and then counts them.
+#
+# After this chapter you can
+#
+# - count the parameters of a Llama from its configuration, on paper;
+# - say what people mean by 8, 12, 16 or 18 bytes per parameter;
+# - derive what each part of a block keeps for the backward pass, and predict it to the byte;
+# - say what gradient checkpointing trades, why a large vocabulary makes the loss the largest moment of a step, and when
+#   LoRA needs *more* memory than full fine-tuning;
+# - size a KV cache, and share a step among several GPUs;
+# - answer an out-of-memory error with the cheapest remedy that can help.
+#
+# The exercises take a little under two hours, the rest another one. Every exercise may stay blank: the chapter then goes
+# on with the course's own function. All of it runs on a laptop: bytes can be counted without a GPU.
+
+# %% [markdown]
+# ## From "7B times 2 bytes" to a training step
+#
+# "Seven billion numbers, two bytes each" is the memory of a model that lies still. A training step has four more things
+# in memory:
+#
+# - **gradients**: one number for each trained parameter, which says how the loss changes with it;
+# - the **optimizer's state**: what it remembers from earlier steps, for Adam two numbers per trained parameter;
+# - a **master copy**: the weights once more in float32, where the model itself computes in 16 bits;
+# - **activations**: what the forward pass computes and the backward pass needs again.
+#
+# The first three grow with the model. The last one grows with the number of tokens in a step. A **recipe** says how many
+# bytes each number gets. The picture shows the predicted peak of one step of Llama-2-7B under some recipes, with one row
+# of 2,048 tokens. Whatever you do not recognise in it is explained further down.
+
+# %%
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from utils import LoRA, attach, plots
+from utils.architectures import architecture, known
+from utils.checks import check
+from utils.measure import flops, saved_bytes
+from utils.memory.estimate import estimate, facts_of, predict
+from utils.memory.instruments import LiveBytes
+from utils.memory.states import RECIPES, STAGES
+
+_ = torch.manual_seed(0)
+
+# %%
+def shares(step):
+    """An Estimate as parts of a bar, in GB."""
+    weights = sum(size for name, size in step.states.items() if name.startswith("weights"))
+    moment = max(step.moments, key=step.moments.get)
+    gradients = 0 if moment in ("loss", "last block") else step.gradients
+    parts = {"weights": weights, "master copy": step.states["master copy"], "optimizer": step.states["optimizer"],
+             "gradients": gradients, "activations and temporaries": step.moments[moment] - gradients}
+    return {name: size / 1e9 for name, size in parts.items()}
+
+full, lora = facts_of("Llama-2-7B"), facts_of("Llama-2-7B", LoRA(r=16, targets="all-linear"))
+steps = {name: predict(full, name, length=2048) for name in ("fp32", "bf16 + master", "pure bf16", "8-bit Adam")}
+steps |= {"LoRA r=16": predict(lora, length=2048), "LoRA, base in 4 bits": predict(lora, length=2048, quantized=True)}
+bars = {"the weights alone": {"weights": 2 * full.total / 1e9}} | {name: shares(step) for name, step in steps.items()}
+_ = plots.stacked(bars, xlabel="GB at the peak", fmt="{:.1f}", title="One step of Llama-2-7B, 1 row of 2,048 tokens")
+
+# %%
+alone = 2 * full.total
+for name, step in steps.items():
+    moment = max(step.moments, key=step.moments.get)
+    print(f"{name:22} {step.peak / alone:4.1f} times the weights alone; the peak is at the {moment}")
+assert steps["bf16 + master"].peak > 8 * alone and steps["LoRA r=16"].peak < 2.5 * alone
+
+# %% [markdown]
+# The recipe that most large models are trained with needs more than eight times the memory of the weights. The rest of
+# this chapter derives every part of these bars, and counts each on a small Llama that fits any laptop. These letters
+# stay the same throughout, in text, code and plots:
+#
+# | symbol | in code | means |
+# |---|---|---|
+# | n | `n` | tokens in a step: rows of the batch times length of a row |
+# | L | `layers` | blocks of the model |
+# | d | `d` | width of the residual stream, the vector that goes from block to block |
+# | d_ff | `d_ff` | width of the feed-forward part's inside |
+# | V | `vocab` | words of the vocabulary |
+# | e | `e` | bytes per activation: 4 in float32, 2 in 16 bits |
+
+# %%
+SIZES = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
+         "num_attention_heads": 8, "num_key_value_heads": 4}
+
+def small_llama(dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | changes)).to(dtype).train()
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+def recompute(model):
+    """Switch on gradient checkpointing, under its newer name or its older one."""
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch({"use_reentrant": False})
+
+print(f"{count(small_llama()):,} parameters")
+
+# %% [markdown] exercise="utils.memory.states:units" difficulty=1 importance=3 minutes=3 points=1
+# ## GB and GiB
+#
+# Before anything else, the unit. A **GB** is 10⁹ bytes; a **GiB** is 2³⁰. Sizes of files and papers are in GB. PyTorch's
+# out-of-memory message is in GiB. Makers of GPUs print GB and mean GiB. The two differ by more than many a safety
+# margin.
+#
+# Complete `units`, which gives both.
+#
+# Hint (the order): GB first, then GiB. Both are floats; `2**30` is 2³⁰.
+
+# %% [markdown]
+# PyTorch counts bytes for you. A tensor on the **meta device** has a shape and no memory behind it, so you may make one
+# of 2³⁰ bytes without having them.
+
+# %%
+from utils.memory.plan import gpus
+
+gib = torch.empty(2**30, dtype=torch.int8, device="meta").nbytes
+sizes = {"a tensor of 2^30 bytes": gib, "Llama-2-7B in 16 bits": 2 * full.total,
+         "a T4, sold as 16 GB": gpus()["T4"]["memory_gib"] * gib}
+for name, size in sizes.items():
+    print("{:24} {:7.2f} GB {:7.2f} GiB".format(name, *units(size)))
+assert units(gib) == (1.073741824, 1.0) and units(sizes["a T4, sold as 16 GB"])[1] == 16
+
+# %% [markdown] exercise="utils.memory.counts:llama_parameters" difficulty=2 importance=5 minutes=10 points=2
+# ## Count a Llama by hand
+#
+# All of it begins with the number of parameters. A Llama is an embedding, L equal blocks, a norm, and an output layer
+# (the *head*). PyTorch stores the weight of a linear layer as (outputs, inputs). None of them has a bias.
+#
+# | where | matrix | shape |
+# |---|---|---|
+# | once | embedding | (V, d) |
+# | each block | q, o | (d, d) |
+# | each block | k, v | (kv_heads · head_dim, d), where head_dim = d / heads |
+# | each block | gate, up | (d_ff, d) |
+# | each block | down | (d, d_ff) |
+# | each block | two norms | (d) |
+# | once | last norm | (d) |
+# | once | head | (V, d), unless it is the embedding's own matrix: *tied* |
+#
+# With fewer heads for keys and values than for queries, several queries share one of them. This is **grouped-query
+# attention**, GQA.
+#
+# Complete `llama_parameters`. Do it once on paper for Llama-2-7B first: V = 32,000, d = 4096, d_ff = 11,008, L = 32, and 32
+# heads of both kinds.
+#
+# Hint (the blocks): a block has 2 d² + 2 d · kv_heads · head_dim for attention, 3 d d_ff for the feed-forward part, and
+# 2 d for its norms.
+#
+# Hint (the ends): V d for the embedding, V d again for the head if it is not tied, and d for the last norm.
+
+# %% [markdown]
+# Now let `transformers` build the real architectures, on the meta device, and count.
+
+# %%
+NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+for name in ("Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "Llama-3-8B", "Mistral-7B"):
+    fields = known()[name]["fields"]
+    by_hand = llama_parameters(*(fields[key] for key in NAMES))
+    ends = 2 * fields["vocab_size"] * fields["hidden_size"]
+    print(f"{name:12} {by_hand:>14,}   in the blocks {1 - ends / by_hand:.1%}")
+    assert by_hand == count(architecture(name))
+assert llama_parameters(*SIZES.values()) == count(small_llama())
+
+# %% [markdown]
+# Exact, to the last number. Nearly all of a large model is in its blocks. Llama-2-7B's feed-forward part has 3 · 4096 ·
+# 11,008 numbers in a block, its attention 4 · 4096²: about two to one.
+
+# %% [markdown] exercise="utils.memory.states:model_states" difficulty=1 importance=5 minutes=6 points=2
+# ## 16 bytes per parameter, and its rivals
+#
+# What stays in memory whatever you feed the model is called the **model states**. The usual recipe for large models is
+# *mixed precision with a master copy* (Micikevicius et al. 2017, [arXiv:1710.03740](https://arxiv.org/abs/1710.03740)):
+# the products run in 16 bits, the optimizer in float32. Per trained parameter:
+#
+# | | bytes |
+# |---|---|
+# | the weight that the forward pass multiplies, bfloat16 | 2 |
+# | its gradient, bfloat16 | 2 |
+# | the master copy of the weight, float32 | 4 |
+# | Adam's two moments, float32 | 4 + 4 |
+#
+# Together 16: the "2 + 2 + 12" of the ZeRO paper (Rajbhandari et al. 2019,
+# [arXiv:1910.02054](https://arxiv.org/abs/1910.02054)). A frozen parameter has a weight and nothing else.
+#
+# A `Recipe` holds such bytes: `weight`, `gradient`, `master`, `moments` for a trained number and `frozen` for a frozen one.
+# Complete `model_states`: bytes by term for so many trained and frozen numbers, with the names of the docstring.
+#
+# Hint (the shape of it): a dict of five products, each a number of parameters times bytes of the recipe.
+#
+# Hint (which number): frozen numbers appear in one term only.
+
+# %% [markdown]
+# Train the small Llama for one step with PyTorch's AdamW, once in float32 and once wholly in bfloat16, and count. AdamW
+# also keeps a step counter of 4 bytes per tensor, which is left out.
+
+# %%
+def counted_states(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.randint(2000, (2, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    state = [t for per_tensor in optimizer.state.values() for t in per_tensor.values() if t.ndim > 0]
+    return {"weights, trained": sum(p.nbytes for p in model.parameters()),
+            "gradients": sum(p.grad.nbytes for p in model.parameters()), "optimizer": sum(t.nbytes for t in state)}
+
+for name, dtype in {"fp32": torch.float32, "pure bf16": torch.bfloat16}.items():
+    model = small_llama(dtype)
+    predicted = {k: v for k, v in model_states(count(model), 0, RECIPES[name]).items() if v}
+    print(f"{name:10}", predicted, f"{sum(predicted.values()) / count(model):.0f} bytes per parameter")
+    assert counted_states(model) == predicted
+
+# %% [markdown]
+# Predicted and counted agree exactly. Now name the rivals. Before you run the next cell, guess: which recipe is meant by
+# 8 bytes per parameter, by 12, by 16, and by 18?
+
+# %%
+for recipe in sorted(RECIPES.values(), key=lambda recipe: recipe.per_trained):
+    parts = f"{recipe.weight:g} + {recipe.gradient:g} + {recipe.master:g} + {recipe.moments:.4g}"
+    print(f"{recipe.per_trained:5.2f} = {parts:18} {recipe.why}")
+assert {8, 12, 16, 18} <= {recipe.per_trained for recipe in RECIPES.values()}
+
+# %% [markdown]
+# So "16 bytes" is right for float32 *and* for mixed precision, for different reasons, and "8 bytes" may mean bfloat16
+# throughout or plain SGD. Whoever gives you a number without its recipe has not told you much.
+
+# %% [markdown] exercise="utils.optimizers:adamw_update" difficulty=2 importance=4 minutes=12 points=2
+# ## Adam's two moments
+#
+# Half of the 16 bytes belong to the optimizer's moments. What for?
+#
+# Plain SGD takes a step along the gradient: p ← p − lr · g. One learning rate must then suit all parameters, though some
+# gradients are a thousand times larger than others. **Adam** keeps two running means per parameter: m of the gradient,
+# and v of its square. It steps along m / √v. That ratio has no unit: it is about ±1 while gradients agree, and small
+# while they disagree. So every parameter moves by about lr.
+#
+# $$m \leftarrow \beta_1 m + (1 - \beta_1)\,g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\,g^2, \qquad
+#   \hat m = \frac{m}{1 - \beta_1^t}, \qquad \hat v = \frac{v}{1 - \beta_2^t}$$
+#
+# Both means start at zero and are too small at first; dividing by 1 − βᵗ, with t the number of the step from 1 on,
+# corrects that. **AdamW** (Loshchilov and Hutter 2019, [arXiv:1711.05101](https://arxiv.org/abs/1711.05101)) also shrinks
+# the weight itself, apart from the gradient:
+#
+# $$p \leftarrow p - lr \cdot \lambda\, p - lr\, \frac{\hat m}{\sqrt{\hat v} + \epsilon}$$
+#
+# Complete `adamw_update`. λ is `weight_decay`, t is `step`. It returns the new p, m and v and leaves its arguments as they
+# were.
+#
+# Hint (the order): first m and v, then the corrected ones, then p.
+#
+# Hint (epsilon): it is added to the root of the *corrected* v.
+
+# %% [markdown]
+# Does it do what PyTorch's optimizer does? Ten steps, fresh random gradients.
+
+# %%
+p = torch.randn(50, 30)
+theirs = nn.Parameter(p.clone())
+optimizer = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1)
+m, v = torch.zeros_like(p), torch.zeros_like(p)
+for step in range(1, 11):
+    theirs.grad = torch.randn(50, 30)
+    p, m, v = adamw_update(p, theirs.grad, m, v, step, lr=0.01, weight_decay=0.1)
+    optimizer.step()
+print(f"largest difference after 10 steps: {(p - theirs).abs().max():.0e}")
+assert torch.allclose(p, theirs, atol=1e-5)
+
+# %% [markdown]
+# And what is the master copy for? A step changes a weight by about lr. bfloat16 keeps 8 significant bits: just below 1
+# its numbers lie 1/256 apart, and a change of less than half of that rounds away. Let the same gradient push a weight of
+# 1 downward, 12 times, with lr = 0.001.
+
+# %%
+def push(dtype, master, steps=12, lr=0.001):
+    """The weight that the forward pass sees, after each step."""
+    p, seen = torch.ones(1, dtype=torch.float32 if master else dtype), []
+    m = v = torch.zeros_like(p)
+    for step in range(1, steps + 1):
+        p, m, v = adamw_update(p, torch.ones_like(p), m, v, step, lr, weight_decay=0)
+        seen.append(p.to(dtype).float().item())
+    return seen
+
+ways = {"float32": push(torch.float32, False), "bfloat16 with a master copy": push(torch.bfloat16, True),
+        "bfloat16 alone": push(torch.bfloat16, False)}
+_ = plots.lines({name: (range(1, 13), ys) for name, ys in ways.items()}, xlabel="step", ylabel="the weight",
+                title="One weight, the same gradient in every step")
+assert ways["bfloat16 alone"][-1] == 1 and abs(ways["bfloat16 with a master copy"][-1] - ways["float32"][-1]) < 1 / 256
+
+# %% [markdown]
+# Without a master copy the weight never moves. With one, the 16-bit weight stays where rounding puts it until enough
+# small steps have gathered in float32, and then it jumps. These are the 4 bytes, and what they buy. Weights nearer to
+# zero have finer steps, so wholly 16-bit training is not hopeless. But it loses updates in silence.
+#
+# So much for the states. What they cost is known before the first token. Now for what the tokens cost.
+
+# %% [markdown]
+# ## What autograd keeps
+#
+# The backward pass needs tensors from the forward pass again. So autograd keeps them, from the moment they are computed
+# until the backward pass has used them. Which ones? Three rules are enough:
+#
+# 1. A linear layer y = x Wᵀ keeps x **if W is trained**, because ∂loss/∂W = (∂loss/∂y)ᵀ x. For the gradient of x it
+#    needs W, which is there anyway.
+# 2. Any other function keeps what its own derivative reads: softmax its output, silu its input, a product of two
+#    activations both of them, an addition nothing.
+# 3. What two functions keep of the same tensor is kept once.
+#
+# `saved_bytes(fn, known)` runs `fn`, watches autograd, and counts what is kept beside the tensors in `known`.
+
+# %%
+n, d = 64, 128
+x, z = torch.randn(n, d, requires_grad=True), torch.randn(n, d, requires_grad=True)
+W = torch.randn(d, d)
+U = W.clone().requires_grad_()
+kinds = {"x W^T, W frozen": lambda: x @ W.T, "x W^T, W trained": lambda: x @ U.T, "silu(x)": lambda: F.silu(x),
+         "softmax(x)": lambda: x.softmax(-1), "x * z": lambda: x * z, "x + z": lambda: x + z,
+         "silu(x) * (x W^T), W trained": lambda: F.silu(x) * (x @ U.T)}
+kept = {name: saved_bytes(fn, [W, U]) / x.nbytes for name, fn in kinds.items()}
+for name, tensors in kept.items():
+    print(f"{name:30} keeps {tensors:g} tensors of x's size")
+assert list(kept.values()) == [0, 1, 1, 1, 2, 0, 3]
+
+# %% [markdown]
+# The last line is a small feed-forward part. By rule 3 its x is kept once, though silu and the linear layer both want it;
+# then come silu(x) and x Wᵀ for the product. Three in all.
+
+# %% [markdown] exercise="utils.memory.activations:attention_kept" difficulty=3 importance=5 minutes=15 points=2
+# ## What attention keeps
+#
+# Attention compares each token's query with every token's key, and takes a mean of the values: softmax(q kᵀ / √head_dim)
+# v. The softmax has one number for each pair of tokens of a row and each head: n · length · heads in all. PyTorch can
+# compute it in two ways:
+#
+# - **eager**: as written. By rule 2 the probabilities are kept, all of them. The softmax is taken in float32. In 16 bits a
+#   second copy, rounded, is kept for the product with v. Also k and v are first repeated so that each query head has its
+#   own: three tensors of heads · head_dim numbers per token.
+# - **sdpa**, `scaled_dot_product_attention`, which is FlashAttention where it can be (Dao et al. 2022,
+#   [arXiv:2205.14135](https://arxiv.org/abs/2205.14135)): the probabilities are computed in tiles and thrown away, and
+#   computed again in the backward pass. It keeps q, k, v (not repeated), the output, and one float32 per token and head,
+#   from which the softmax can be recomputed.
+#
+# Complete `attention_kept` for both, in bytes, where q, k and v all need a gradient.
+#
+# Hint (sdpa): q and the output are heads · head_dim wide, k and v kv_heads · head_dim.
+#
+# Hint (eager): with e = 4 the probabilities cost 4 bytes per pair and head; with e = 2 they cost 4 + 2.
+
+# %% [markdown]
+# Count it in the attention layer of a real Llama. The output projection o is frozen here, because its input belongs to the
+# next exercise.
+
+# %%
+def kept_by_attention(kernel, length, dtype=torch.float32):
+    model = small_llama(dtype, attn_implementation=kernel, num_hidden_layers=1)
+    layer = model.model.layers[0].self_attn
+    _ = layer.o_proj.requires_grad_(False)
+    x = torch.randn(1, length, 128, dtype=dtype, requires_grad=True)
+    tables = model.model.rotary_emb(x, torch.arange(length)[None])  # cos and sin, which all layers share
+    return saved_bytes(lambda: layer(x, position_embeddings=tables, attention_mask=None)[0], [layer, x, *tables])
+
+for kernel in ("sdpa", "eager"):
+    for dtype in (torch.float32, torch.bfloat16):
+        counted = kept_by_attention(kernel, 96, dtype)
+        print(f"{kernel:6} {str(dtype):15} {counted:>9,} bytes for 96 tokens")
+        assert counted == attention_kept(96, 96, 8, 4, 16, dtype.itemsize, kernel)
+
+# %%
+lengths = [64, 128, 256, 512, 1024]
+counted = {kernel: [kept_by_attention(kernel, t) / 1e6 for t in lengths] for kernel in ("eager", "sdpa")}
+ax = plots.lines({f"{kernel}, counted": (lengths, ys) for kernel, ys in counted.items()}, title="Attention of one row",
+                 xlabel="length of the row", ylabel="MB kept by one layer")
+for kernel in counted:
+    predicted = [attention_kept(t, t, 8, 4, 16, 4, kernel) / 1e6 for t in lengths]
+    _ = ax.plot(lengths, predicted, ":", color="black", label="predicted" if kernel == "sdpa" else None)
+_ = ax.legend()
+growth = {kernel: ys[-1] / ys[-2] for kernel, ys in counted.items()}
+assert growth["eager"] > 3.5 and growth["sdpa"] < 2.1
+
+# %% [markdown]
+# Twice the length, four times the memory: eager attention is quadratic. sdpa is linear: the dotted predictions lie on the
+# counts. What would it be at full size?
+
+# %%
+for kernel in ("eager", "sdpa"):
+    layer = attention_kept(4096, 4096, 32, 32, 128, 2, kernel)
+    print(f"Llama-2-7B, 4,096 tokens, bfloat16, {kernel:5}: {layer / 1e9:5.2f} GB a layer, {32 * layer / 1e9:6.1f} GB in all")
+assert attention_kept(4096, 4096, 32, 32, 128, 2, "eager") > 20 * attention_kept(4096, 4096, 32, 32, 128, 2)
+
+# %% [markdown] exercise="utils.memory.activations:block_kept" difficulty=4 importance=5 minutes=20 points=3
+# ## The activations of one block
+#
+# Now the whole block of a Llama, under full fine-tuning with sdpa. In order:
+#
+# $$h = x + W_o\,\mathrm{attention}(\mathrm{norm}_1(x)), \qquad
+#   y = h + W_{down}\big(\mathrm{silu}(W_{gate}\,u) \cdot W_{up}\,u\big), \quad u = \mathrm{norm}_2(h)$$
+#
+# Go through it with the three rules and write down each tensor once:
+#
+# - A norm, y = w · x / rms(x), is computed in float32 whatever e is. It keeps x in float32 (4 bytes a number) and 1/rms, one
+#   float32 per token. Its trained w, one more linear thing, keeps x / rms in e bytes.
+# - Attention you have. Its output, which it keeps itself, is the input of o: nothing new there.
+# - The linear layers q, k and v share one input, norm₁(x); gate and up share norm₂(h); down has its own, of width d_ff.
+# - silu keeps its input, the gate's output. The product keeps both factors. Each is d_ff wide.
+#
+# Complete `block_kept`: bytes for n tokens.
+#
+# Hint (the norms): two of them, 4 n d + 4 n + e n d each.
+#
+# Hint (the rest): e n (2 d + d_ff) for the linear inputs and 3 e n d_ff for silu and product; the rest is
+# `attention_kept`, whose `length` does not matter for sdpa.
+
+# %% [markdown]
+# The count, in a block of a real Llama. (The rotary tables, cos and sin, are shared by all blocks and left out.)
+
+# %%
+def kept_by_block(dtype, batch=2, length=64):
+    model = small_llama(dtype)
+    layer, x = model.model.layers[0], torch.randn(batch, length, 128, dtype=dtype, requires_grad=True)
+    tables = model.model.rotary_emb(x, torch.arange(length)[None])
+    return saved_bytes(lambda: layer(x, position_embeddings=tables, attention_mask=None), [layer, *tables])
+
+for dtype in (torch.float32, torch.bfloat16):
+    counted, predicted = kept_by_block(dtype), block_kept(128, 128, 352, 8, 4, 16, dtype.itemsize)
+    print(f"{str(dtype):15} counted {counted:,}, predicted {predicted:,}")
+    assert counted == predicted
+
+# %% [markdown]
+# To the byte. `utils.memory.activations` has such a function for every kind of block, for whatever is frozen or adapted in
+# it, and the tests compare it with counts. Now the real sizes.
+
+# %%
+def terms(n, d, d_ff, heads, kv_heads, head_dim, e=2):
+    return {"norms": 2 * (4 * n * d + 4 * n + e * n * d), "linear inputs": e * n * (2 * d + d_ff),
+            "attention": attention_kept(n, n, heads, kv_heads, head_dim, e), "silu and product": 3 * e * n * d_ff}
+
+LLAMA_7B, LLAMA_8B = (4096, 11008, 32, 32, 128), (4096, 14336, 32, 8, 128)  # d, d_ff, heads, kv_heads, head_dim
+blocks = {"Llama-2-7B": terms(1, *LLAMA_7B), "Llama-3-8B": terms(1, *LLAMA_8B)}
+_ = plots.stacked({name: {k: b / 1e3 for k, b in parts.items()} for name, parts in blocks.items()}, fmt="{:.0f}",
+                  xlabel="kB", title="What one block keeps of one token, bfloat16")
+assert all(sum(parts.values()) == block_kept(1, *sizes) for parts, sizes in zip(blocks.values(), (LLAMA_7B, LLAMA_8B)))
+
+# %%
+ratio = block_kept(4096, *LLAMA_7B) / (2 * 4096 * 4096)
+print(f"Llama-2-7B, 4,096 tokens: {32 * block_kept(4096, *LLAMA_7B) / 1e9:.1f} GB in 32 blocks.")
+print(f"A block keeps {ratio:.1f} times as much as its own input.")
+assert 20 < ratio < 25 and blocks["Llama-3-8B"]["attention"] < blocks["Llama-2-7B"]["attention"]
+
+# %% [markdown]
+# The feed-forward part is the largest: everything in it is d_ff wide. The norms keep float32 in a 16-bit model, and their
+# share is larger than most people expect. Remember that a block keeps more than 20 times its own input: the next section
+# lives on it.
+
+# %% [markdown] exercise="utils.memory.activations:checkpoint_kept" difficulty=3 importance=5 minutes=10 points=2
+# ## What checkpointing trades
+#
+# **Gradient checkpointing** (Chen et al. 2016, [arXiv:1604.06174](https://arxiv.org/abs/1604.06174)) keeps little and
+# computes again. The model is cut into segments of some blocks. The forward pass keeps the input of each segment, a
+# **boundary**, and nothing inside. When the backward pass reaches a segment, it runs that segment's forward pass a second
+# time, keeps everything inside for a moment, and uses it.
+#
+# Complete `checkpoint_kept`: the most that is ever kept, with a checkpoint after `every` blocks. Count all boundaries, and
+# the blocks of one segment. If `every` does not divide the number of blocks, the last segment is shorter.
+#
+# Hint (how many segments): blocks / every, rounded up. `-(-a // b)` rounds up.
+#
+# Hint (one segment): it holds `every` blocks, but never more than the model has.
+
+# %% [markdown]
+# Large segments mean few boundaries and much to recompute at once; small segments the other way round. Somewhere between
+# is the best. First, Chen's own case: a chain of 36 thin layers, each of which keeps exactly one tensor of its input's
+# size. Before you run the cell: which `every` will win, and what will it be at both ends?
+
+# %%
+from torch.utils.checkpoint import checkpoint
+
+class Thin(nn.Module):
+    def __init__(self, d=16):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(d, d) / 4)
+
+    def forward(self, x):
+        return torch.tanh(x @ self.W)
+
+def peak_of_chain(every, layers=36, n=2048, d=16):
+    """The peak of one forward and backward pass, in tensors of the input's size."""
+    chain, x = nn.Sequential(*(Thin(d) for _ in range(layers))), torch.randn(n, d, requires_grad=True)
+
+    def forward(h):
+        for first in range(0, layers, every):
+            h = checkpoint(chain[first:first + every], h, use_reentrant=False)
+        return h.sum()
+
+    with LiveBytes(known=[x, *chain.parameters()]) as live:
+        forward(x).backward()
+    return live.peak / x.nbytes
+
+# %%
+choices = [1, 2, 3, 4, 6, 9, 12, 18, 36]
+counted = [peak_of_chain(every) for every in choices]
+predicted = [checkpoint_kept(36, 1, 1, every) for every in choices]
+_ = plots.lines({"counted": (choices, counted), "predicted": (choices, predicted)}, xlabel="checkpoint every ... layers",
+                ylabel="tensors at the peak", title="36 thin layers: the square root rule")
+assert choices[counted.index(min(counted))] == 6
+assert all(abs(c / p - 1) < 0.03 for c, p in zip(counted, predicted))
+
+# %% [markdown]
+# The famous rule: a checkpoint after every √L layers, here √36 = 6. At both ends nothing is gained. But look what the
+# rule assumes: a layer keeps as much as one boundary. You have just seen that a Llama's block keeps more than 20 times
+# that. Setting the derivative of L / k · boundary + k · block to zero gives
+#
+# $$k = \sqrt{L \cdot \frac{boundary}{block}}$$
+#
+# Try it on real sizes.
+
+# %%
+choices = [1, 2, 4, 8, 16, 32]
+models = {"Llama-2-7B": (32, LLAMA_7B), "Llama-2-70B": (80, (8192, 28672, 64, 8, 128))}
+curves = {}
+for name, (layers, sizes) in models.items():
+    block, boundary = block_kept(4096, *sizes), 2 * 4096 * sizes[0]
+    curves[name] = (choices, [checkpoint_kept(layers, block, boundary, every) / 1e9 for every in choices])
+    print(f"{name:12} without {layers * block / 1e9:6.1f} GB, every block {curves[name][1][0]:5.1f} GB, "
+          f"best k by the formula {math.sqrt(layers * boundary / block):.1f}")
+_ = plots.lines(curves, xlabel="checkpoint every ... blocks", ylabel="GB kept", logx=True, title="4,096 tokens in bfloat16")
+assert all(min(ys) in ys[:2] and ys[0] < 1.25 * min(ys) for _, ys in curves.values())
+
+# %% [markdown]
+# For transformers the answer is "after every block, or every second", and that is what the libraries do. The price is a
+# second forward pass. A forward pass is one third of a step's operations, since the backward pass has two products for
+# each of the forward's. So a third more, at most:
+
+# %%
+def step_flops(checkpointing):
+    model, ids = small_llama(), torch.randint(2000, (2, 64))
+    if checkpointing:
+        recompute(model)
+    return flops(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss.backward())
+
+more = step_flops(True) / step_flops(False)
+print(f"operations of a step with checkpointing: {more:.2f} times those without")
+assert 1.1 < more < 1.34
+
+# %% [markdown]
+# It is less than a third here, because the head of this small model is a good part of its operations, and is not computed
+# twice.
+
+# %% [markdown] exercise="utils.memory.activations:loss_peak" difficulty=1 importance=4 minutes=4 points=1
+# ## Where the loss explodes
+#
+# The model's last layer makes **logits**: V numbers for each token. The loss takes their log-softmax in float32, and keeps
+# it: 4 n V bytes. Then the backward pass begins, and its first two results are just as large: the gradient of the
+# log-softmax's output, and the gradient of the logits. Both are float32. For a moment all three exist.
+#
+# Complete `loss_peak`: the bytes of those two, beyond what is kept.
+#
+# Hint (each of them): n · vocab numbers of 4 bytes.
+
+# %% [markdown]
+# Watch the loss with `LiveBytes`, which counts the bytes of all tensors that are alive after each operation.
+
+# %%
+n, V = 128, 2000
+logits, labels = torch.randn(n, V, requires_grad=True), torch.randint(V, (n,))
+with LiveBytes(known=[logits, labels]) as live:
+    loss = F.cross_entropy(logits, labels)
+    kept = live.mark("forward")
+    loss.backward()
+print(f"kept {kept:,} = 4 n V + a little; then {live.peak - kept:,} more")
+assert kept - 4 * n * V < 100 and live.peak - kept == loss_peak(n, V)
+
+# %% [markdown]
+# 12 n V at that moment, and no layer in sight. It does not shrink with checkpointing, it does not care about LoRA, and it
+# grows with the vocabulary. The next plot asks `estimate` for the moment of the loss, and takes the share of these 12 n V
+# in everything beyond the states. The body of the model stays, only V changes.
+
+# %%
+def loss_share(facts, V, checkpointing):
+    facts = dataclasses.replace(facts, shape=dataclasses.replace(facts.shape, vocab=V))
+    moment = predict(facts, "bf16 + master", length=1024, checkpointing=checkpointing).moments["loss"]
+    return 12 * 1024 * V / moment
+
+bodies = {name: facts_of(name) for name in ("Llama-3-8B", "Qwen2.5-0.5B")}
+thousands = [8, 16, 32, 64, 128, 256]
+for again, ax in zip((False, True), plots.panels(2)):
+    curves = {name: (thousands, [loss_share(f, 1024 * k, again) for k in thousands]) for name, f in bodies.items()}
+    _ = plots.lines(curves, ax=ax, xlabel="vocabulary V / 1024", ylabel="share of the loss", logx=True,
+                    title="with checkpointing" if again else "without").set_ylim(0, 1)
+
+# %%
+decoders = {name: facts_of(name) for name in ("GPT-2", "OPT-1.3b", "Llama-2-7B", "Llama-3-8B", "Qwen2.5-7B", "Qwen2.5-0.5B")}
+print("model               V   share of the loss   with checkpointing")
+for name, f in sorted(decoders.items(), key=lambda row: row[1].shape.vocab):
+    without, again = (loss_share(f, f.shape.vocab, checkpointing) for checkpointing in (False, True))
+    print(f"{name:13} {f.shape.vocab:>7,}   {without:>17.0%}   {again:>18.0%}")
+assert loss_share(decoders["Qwen2.5-0.5B"], 151936, False) > 0.5 > 0.1 > loss_share(decoders["Llama-2-7B"], 32000, False)
+assert all(loss_share(f, f.shape.vocab, True) > 0.5 for f in decoders.values())
+
+# %% [markdown]
+# A model of half a billion numbers with a vocabulary of 150,000 spends most of it on the loss. People then try a smaller
+# rank, a smaller optimizer, a smaller anything, and are surprised. The remedy that fits: compute logits and loss for a
+# part of the tokens at a time, with a checkpoint around each part. The logits of one part exist at a time.
+
+# %%
+def part_of_loss(h, W, labels):
+    return F.cross_entropy(h @ W.T, labels, reduction="sum")
+
+def peak_of_loss(parts):
+    h, W = torch.randn(256, 32, requires_grad=True), torch.randn(2000, 32, requires_grad=True)
+    labels = torch.randint(2000, (256,))
+    with LiveBytes(known=[h, W, labels]) as live:
+        pieces = zip(h.chunk(parts), labels.chunk(parts))
+        loss = sum(checkpoint(part_of_loss, piece, W, ys, use_reentrant=False) for piece, ys in pieces) / 256
+        loss.backward()
+    return live.peak / (4 * 256 * 2000)
+
+peaks = {parts: peak_of_loss(parts) for parts in (1, 2, 4, 8)}
+print({parts: f"{peak:.2f}" for parts, peak in peaks.items()}, "in units of 4 n V, by the number of parts")
+assert peaks[1] > 2.9 and peaks[8] < 0.7
+
+# %% [markdown]
+# ## A step, watched
+#
+# All terms are known. Now put them on the axis of time. `LiveBytes` watches a whole step of the small Llama: forward pass,
+# backward pass, AdamW. What stays from step to step (weights, moments) is not in the picture. `estimate` predicts four
+# moments of a step:
+#
+# - **loss**: everything kept, and the two large tensors of the loss;
+# - **last block**: the loss has gone; the backward pass begins in the last block;
+# - **first block**: nearly all gradients are there, nearly all activations are gone;
+# - **optimizer step**: all gradients, and one temporary tensor for each of them.
+#
+# The peak is the largest of the four. Which one is it? Watch a step of 64 tokens and one of 512.
+
+# %%
+def watch(rows, length=64, checkpointing=False):
+    """One step of AdamW on the small Llama: (its LiveBytes, with marks; what estimate says)."""
+    model, ids = small_llama(), torch.randint(2000, (rows, length))
+    if checkpointing:
+        recompute(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)  # as on a GPU: one operation for all tensors
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    with LiveBytes(known=[*model.parameters(), *model.buffers(), *moments, ids]) as live:
+        for number, part in enumerate([model.model.embed_tokens, *model.model.layers]):
+            def enter(module, inputs, out, name=f"block {number}"):  # block 0 is the embedding
+                out.register_hook(lambda gradient: live.mark(name) and None)  # called when the backward pass gets here
+            part.register_forward_hook(enter)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        live.mark("forward")
+        loss.backward()
+        live.mark("backward")
+        optimizer.step()
+        live.mark("step")
+    return live, estimate(model, batch=rows, length=length, checkpointing=checkpointing)
+
+# %%
+def windows(live):
+    """The largest number of live bytes at each of the four moments, and when it was."""
+    at, line = live.marks, live.line
+    spans = {"loss": ("forward", "block 4"), "last block": ("block 4", "block 3"), "first block": ("block 1", "block 0"),
+             "optimizer step": ("backward", "step")}
+    return {name: max((line[i], i) for i in range(at[a], at[b])) for name, (a, b) in spans.items()}
+
+watched = {rows: watch(rows) for rows in (1, 8)}
+for (rows, (live, predicted)), ax in zip(watched.items(), plots.panels(2, height=3.6)):
+    found = windows(live)
+    plots.timeline(live.line, {k: live.marks[k] for k in ("forward", "backward", "step")}, ax=ax,
+                   predicted={k: (found[k][1], predicted.moments[k]) for k in found}, title=f"{64 * rows} tokens")
+_ = ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, title="predicted")
+
+# %%
+for rows, (live, predicted) in watched.items():
+    print(f"{64 * rows} tokens, MB beyond what stays: counted, predicted")
+    for name, (size, _) in windows(live).items():
+        print(f"    {name:15} {size / 1e6:7.2f} {predicted.moments[name] / 1e6:7.2f}")
+    assert abs(max(predicted.moments.values()) / live.peak - 1) < 0.05
+largest = {rows: max(predicted.moments, key=predicted.moments.get) for rows, (_, predicted) in watched.items()}
+assert largest == {1: "optimizer step", 8: "loss"}
+
+# %% [markdown]
+# With few tokens the optimizer's step is the peak, and a smaller batch would change nothing. With many tokens it is the
+# loss, and the optimizer does not matter. The same program, the same model, two different illnesses. Look at where the
+# error was raised: in `optimizer.step()`, or in `backward()`, and you know which one you have.
+#
+# Now the step of 512 tokens again, with checkpointing. Guess the shape of the backward pass before you look.
+
+# %%
+again, predicted = watch(8, checkpointing=True)
+for (live, title), ax in zip(((watched[8][0], "512 tokens"), (again, "with checkpointing")), plots.panels(2)):
+    phases = {name: live.marks[name] for name in ("forward", "backward", "step")}
+    _ = plots.timeline(live.line, phases, ax=ax, title=title).set_ylim(0, 38)
+without, guess = watched[8][0].peak, max(predicted.moments.values())
+print(f"peak {without / 1e6:.1f} MB without, {again.peak / 1e6:.1f} MB with checkpointing, predicted {guess / 1e6:.1f} MB")
+assert again.peak < 0.55 * without and guess == predicted.moments["loss"] and abs(guess / again.peak - 1) < 0.05
+
+# %% [markdown]
+# The forward pass keeps next to nothing until it comes to the loss. In the backward pass each tooth is a block that is
+# computed again, used and dropped. The step has more operations, and is longer. And the peak is the loss again, which
+# checkpointing did not touch.
+#
+# None of these predictions took a run. They work for sizes that no machine here could run:
+
+# %%
+print(estimate("Llama-2-7B", recipe="bf16 + master", batch=4, length=2048, checkpointing=True))
+
+# %% [markdown]
+# ## LoRA with more memory than full fine-tuning
+#
+# LoRA removes gradients, moments and master copies of the frozen weights. What of the activations? By rule 1 a frozen
+# linear layer keeps no input, but a LoRA beside it does: its A is trained and reads the same x. So LoRA on all linear
+# layers keeps nearly what full fine-tuning keeps.
+#
+# It can keep more. The usual set-up is a frozen base in bfloat16 and adapters in float32; `peft` makes them so unless told
+# otherwise. Then each adapted layer turns its x into float32 first, and A keeps *that*: twice the bytes, and once per layer,
+# where q, k and v had shared one x. With **dropout** in front of A each layer keeps its own mask as well. (On a CPU the
+# mask is in float32, on a GPU it takes one byte a number; below it is counted as on a GPU.)
+#
+# Count whole steps: weights, moments and the peak. Full fine-tuning is wholly in bfloat16 here, 8 bytes per parameter.
+
+# %%
+import peft
+
+def step_bytes(prepare, rows, length=64):
+    """Weights, moments and the peak of a step of AdamW, in bytes."""
+    model = prepare()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, ids = torch.optim.AdamW(trained, lr=1e-4, foreach=True), torch.randint(100, (rows, length))
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    there = [*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())]
+    with LiveBytes(known=[*there, ids]) as live:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+    return sum(t.nbytes for t in there) + live.peak
+
+# %%
+def base():
+    return small_llama(torch.bfloat16, vocab_size=100, num_hidden_layers=2)
+
+def with_peft(dropout=0.0, **options):
+    return peft.get_peft_model(base(), peft.LoraConfig(r=8, target_modules="all-linear", lora_dropout=dropout), **options)
+
+def with_ours():
+    model = base()
+    attach(model, LoRA(r=8, targets="all-linear"))
+    return model
+
+rows = [1, 2, 4, 8, 16, 32]
+ways = {"full fine-tuning": base, "peft's LoRA, dropout 0.1": lambda: with_peft(0.1), "peft's LoRA": with_peft,
+        "peft's LoRA in bfloat16": lambda: with_peft(autocast_adapter_dtype=False), "this course's LoRA": with_ours}
+totals = {name: [step_bytes(prepare, r) for r in rows] for name, prepare in ways.items()}
+
+# %%
+tokens = [64 * r for r in rows]
+masks = 2 * (6 * 128 + 352) - 3 * 128  # numbers per token; the first block's q, k and v need none, as their x has no gradient
+totals["peft's LoRA, dropout 0.1"] = [t - 3 * n * masks for t, n in zip(totals["peft's LoRA, dropout 0.1"], tokens)]
+share = {name: [y / f for y, f in zip(ys, totals["full fine-tuning"])] for name, ys in totals.items()}
+_ = plots.lines({name: (tokens, ys) for name, ys in share.items()}, xlabel="tokens in a step, n", logx=True, ylabel="share",
+                title="A step's memory as a share of full fine-tuning's").set_ylim(0, 2.3)
+
+# %%
+for name, ys in share.items():
+    print(f"{name:25} {ys[0]:.2f} of full fine-tuning at {tokens[0]} tokens, {ys[-1]:.2f} at {tokens[-1]}")
+assert share["peft's LoRA"][0] < 0.8 and share["peft's LoRA"][-1] > 1.2 and share["peft's LoRA, dropout 0.1"][-1] > 1.3
+assert all(0.7 < share[name][-1] < 0.95 for name in ("peft's LoRA in bfloat16", "this course's LoRA"))
+
+# %% [markdown]
+# At few tokens the states decide, and LoRA needs less. At many tokens the activations decide, and LoRA as it comes by
+# default needs more than training everything: the lines cross at 1. The conditions are the point: a base in 16 bits with
+# float32 adapters on *all* linear layers, no checkpointing, and many tokens for the size of the model. Adapters in
+# bfloat16 stay below. So does a layer that casts the small A instead of the large x, which chapter 2 builds. But not by
+# much: on all linear layers LoRA hardly saves activations.
+#
+# On a large model the lines cross much later, because its states are so large. How late? Per token, `peft`'s adapters keep
+# 4 bytes for every number that enters an adapted layer, 5 with a mask; full fine-tuning keeps 2 for every *different* one,
+# and 2 for x / rms in each of the two norms. This is arithmetic, not a measurement:
+
+# %%
+d, d_ff, L = 4096, 11008, 32
+for recipe in ("bf16 + master", "8-bit Adam"):
+    saved = sum(predict(full, recipe).states.values()) - sum(predict(lora).states.values())
+    for name, each in {"without dropout": 4, "with dropout": 5}.items():
+        more_per_token = L * (each * (6 * d + d_ff) - 2 * (2 * d + d_ff) - 2 * 2 * d)
+        print(f"Llama-2-7B, {name:15}: LoRA saves {saved / 1e9:4.1f} GB of states against {recipe:13}, "
+              f"used up at {saved / more_per_token:>6,.0f} tokens")
+
+# %% [markdown] exercise="utils.memory.states:kv_cache" difficulty=1 importance=4 minutes=5 points=1
+# ## The KV cache
+#
+# Training is not the only thing that fills a GPU. A model that writes text adds one token at a time. The keys and values
+# of all earlier tokens are needed each time, so they are kept: the **KV cache**. No gradients are needed, so it is all
+# that is kept. Each layer has one tensor of keys and one of values, with kv_heads · head_dim numbers per token.
+#
+# Complete `kv_cache`: its bytes.
+#
+# Hint (the product): 2 · layers · kv_heads · head_dim numbers per token. How many tokens are there?
+
+# %% [markdown]
+# Ask a model for its cache, and count.
+
+# %%
+with torch.no_grad():
+    cache = small_llama()(torch.randint(2000, (3, 40)), use_cache=True).past_key_values
+counted = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+print(f"{counted:,} bytes for 3 rows of 40 tokens")
+assert counted == kv_cache(4, 4, 16, batch=3, length=40, e=4)
+
+# %%
+from utils.memory.shapes import shape_of
+
+def cache_gib(name, length):
+    shape = shapes[name]
+    return kv_cache(shape.layers, shape.kv_heads, shape.head_dim, 1, length) / 2**30
+
+lengths = [2**power for power in range(9, 18)]
+names = ("Llama-2-7B", "Llama-2-70B", "Llama-3-8B", "Qwen2.5-7B", "Qwen2.5-0.5B")
+shapes = {name: shape_of(architecture(name)) for name in names}
+_ = plots.lines({name: (lengths, [cache_gib(name, t) for t in lengths]) for name in shapes}, logx=True, logy=True,
+                xlabel="tokens so far", ylabel="GiB for one row", title="KV cache in 16 bits")
+assert cache_gib("Llama-2-7B", 4096) == 4 * cache_gib("Llama-3-8B", 4096) == 2
+assert cache_gib("Llama-2-70B", 4096) < cache_gib("Llama-2-7B", 4096)
+
+# %% [markdown]
+# Llama-2-7B takes 2 GiB for 4,096 tokens, as the cell asserts. Llama-3-8B, the larger model, takes a quarter of that,
+# because four query heads share one key. Even the 70B model takes less than the 7B one. Grouped-query attention hardly saves
+# parameters, and it divides the cache. (The lines are drawn beyond what some of these models were trained for.)
+
+# %% [markdown] exercise="utils.memory.states:shard" bug="gradients_whole" difficulty=2 importance=4 minutes=8 points=1
+# ## Find the bug: sharing among devices
+#
+# Eight GPUs, each with all the states of the model, hold everything eight times. **ZeRO** (Rajbhandari et al. 2019) lets
+# each device hold a share instead:
+#
+# | stage | each device holds only its share of | and all of |
+# |---|---|---|
+# | 0 | nothing | everything: plain data parallelism |
+# | 1 | moments and master copy | gradients, weights |
+# | 2 | also gradients | weights |
+# | 3 | also weights, trained and frozen and 4-bit ones | nothing that belongs to a parameter |
+#
+# Stage 3 is what PyTorch's **FSDP** does by default. A device that needs a block's weights gathers them from the others,
+# uses them and drops them again.
+#
+# The function below should return the terms of `model_states` per device. One of its stages is wrong. Run the check on it
+# as it stands, then mend it.
+#
+# Hint (where to look): write the table for one term at a time, and compare. At which stage is each term first divided?
+
+# %% [markdown]
+# Is that what FSDP does? PyTorch has a *fake* process group for tests: it takes part in no communication, and everything
+# else is real. So this one process becomes the first of eight, trains the small Llama under FSDP, and you count what it
+# holds. The numbers it computes mean nothing; their sizes do.
+
+# %%
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+def held_under_fsdp(devices):
+    dist.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
+    model, mesh = small_llama(), init_device_mesh("cpu", (devices,))
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    optimizer, ids = torch.optim.AdamW(model.parameters()), torch.randint(2000, (2, 16))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    held = {"weights, trained": list(model.parameters()), "gradients": [p.grad for p in model.parameters()],
+            "optimizer": [t for state in optimizer.state.values() for t in state.values() if t.ndim]}
+    dist.destroy_process_group()
+    return {name: sum(t.to_local().nbytes for t in tensors) for name, tensors in held.items()}
+
+# %%
+whole = model_states(count(small_llama()), 0, RECIPES["fp32"])
+counted, predicted = held_under_fsdp(8), shard(whole, 8, 3)
+for name, size in counted.items():
+    print(f"{name:18} {whole[name]:>10,} bytes in all, {size:>9,} on one of eight")
+    assert size == predicted[name]
+
+# %%
+states = model_states(full.total, 0, RECIPES["bf16 + master"])
+per_device = {f"stage {stage}": shard(states, 8, stage) for stage in range(4)}
+order = ("weights, trained", "master copy", "optimizer", "gradients")
+bars = {stage: {name: parts[name] / 1e9 for name in order} for stage, parts in per_device.items()}
+_ = plots.stacked(bars, xlabel="GB on each of 8 devices", fmt="{:.1f}", title="States of Llama-2-7B, 16 bytes per parameter")
+totals = [sum(parts.values()) for parts in per_device.values()]
+assert totals == sorted(totals, reverse=True) and math.isclose(totals[3], totals[0] / 8)
+
+# %% [markdown]
+# What sharding does not divide: activations. Every device runs rows of its own through all blocks. If a single row is too
+# long for one device, more devices of this kind do not help.
+
+# %% [markdown]
+# ## Planning
+#
+# `plan` puts it all together: a model, a GPU, a length. It tries the usual ways of training from the least to the most
+# frugal, looks for the largest batch that fits, and says what to change next where none does. In a terminal the same table
+# comes from `python -m utils.memory plan --model llama-3-8b --gpu T4`.
+
+# %%
+from utils.memory.plan import plan
+
+on_t4 = plan("Llama-3-8B", "T4", length=1024)
+print(on_t4)
+assert all(row.batch == 0 for row in on_t4.rows if not row.way.quantized) and on_t4.best.way.quantized
+
+# %%
+on_a100 = plan("Llama-2-7B", "A100-80GB", length=1024)
+print(on_a100)
+assert all(row.batch == 0 for row in on_a100.rows if row.way.recipe == "bf16 + master")
+
+# %% [markdown]
+# "16 GB" is what the T4's box says. The context of CUDA and the gaps between blocks of PyTorch's allocator take their part
+# first. Nothing but the 4-bit base leaves room for a model of 8 billion numbers. And a single A100 cannot train all
+# weights of a 7B model with a master copy, with any batch: the states alone are too large.
+#
+# A name that the table does not have is an error, with the near ones. A folder with a `config.json` works as well.
+
+# %%
+try:
+    plan("Lama-2-7b", "T4")
+except ValueError as error:
+    print(error)
+
+# %% [markdown] exercise="utils.memory.doctor:next_remedy" difficulty=3 importance=5 minutes=12 points=2
+# ## The out-of-memory doctor
+#
+# You know all causes and all remedies. Now write the doctor. A step is given as bytes: "weights", "gradients",
+# "optimizer", "activations" and "loss". They are taken to exist at once, as they do when you accumulate gradients: those
+# of the earlier rows wait while the next rows go forward.
+#
+# Return the cheapest remedy that **can help** and has not been tried. Order and conditions are in the docstring. The
+# conditions are the medicine: if weights, gradients and moments alone exceed the room, no batch is small enough, and
+# advising a smaller one wastes an hour.
+#
+# Complete `next_remedy`.
+#
+# Hint (the states): they leave room if weights + gradients + optimizer < room.
+#
+# Hint (a shape for it): a dict from remedy to whether it can help, in order of price; then the first that helps and is not
+# in `tried`.
+
+# %% [markdown]
+# Let the doctor treat a patient: Llama-3-8B, on a 24 GB GPU, 8 rows of 4,096 tokens. Each remedy is put into practice by
+# the arguments of `estimate`, until the step fits.
+
+# %%
+def as_step(e):
+    """An Estimate as the doctor reads it."""
+    weights = sum(size for name, size in e.states.items() if name.startswith("weights"))
+    moments = e.states["optimizer"] + e.states["master copy"]
+    loss = e.moments["loss"] - sum(e.kept.values()) + e.kept["loss"]
+    return {"weights": weights, "gradients": e.gradients, "optimizer": moments,
+            "activations": sum(e.kept.values()) - e.kept["loss"], "loss": loss}
+
+# %%
+def treat(model, room, batch, length):
+    plain, adapted, tried = facts_of(model), facts_of(model, LoRA(r=16, targets="all-linear")), []
+    while True:
+        adapter = "adapter" in tried
+        e = predict(adapted if adapter else plain, "adapters in fp32" if adapter else "bf16 + master",
+                    1 if "smaller batch" in tried else batch, length // (2 if "shorter rows" in tried else 1),
+                    checkpointing="checkpointing" in tried, quantized="4 bits" in tried,
+                    devices=2 ** tried.count("sharding"), stage=3)
+        step = as_step(e)
+        remedy = next_remedy(step, room, tuple(tried))
+        yield sum(step.values()), remedy
+        if remedy is None:
+            return
+        tried.append(remedy)
+
+# %%
+room = plan("Llama-3-8B", "RTX-4090").room  # 24 GiB, less what CUDA takes
+treatment = list(treat("Llama-3-8B", room, batch=8, length=4096))
+for size, remedy in treatment:
+    print(f"{units(size)[1]:7.1f} GiB for {units(room)[1]:.1f}: {remedy or 'it fits'}")
+assert treatment[0][1] == "adapter" and treatment[1][1] == "smaller batch" and treatment[-1][0] <= room
+
+# %% [markdown]
+# The first advice was not "a smaller batch", though that is what every forum says. The states did not leave room for one
+# token. Once an adapter has removed them, the batch matters.
+
+# %% [markdown]
+# ## On a GPU
+#
+# Counting on a CPU tells what is alive. A GPU adds what the framework takes besides: a context, blocks rounded up, the
+# workspace of a matrix library. This cell trains a model of about a hundred million random numbers for two steps in
+# several ways, asks CUDA for its peak, and prints the prediction beside it. Without a GPU it prints the prediction alone.
+
+# %% tags=["nbval-ignore-output"]
+import gc
+
+from utils.memory.instruments import cuda_peak
+
+ADAPTER = LoRA(r=16, targets="all-linear")
+SETUPS = {"full, fp32": (None, "fp32", False), "full, fp32, checkpointing": (None, "fp32", True),
+          "full, pure bf16": (None, "pure bf16", False), "LoRA r=16, bf16 base": (ADAPTER, "adapters in fp32", False)}
+
+def medium_llama(device, dtype):
+    with torch.device(device):
+        return LlamaForCausalLM(LlamaConfig(vocab_size=16000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,
+                                            num_attention_heads=16, num_key_value_heads=4)).to(dtype)
+
+# %%
+def measured(method, recipe, checkpointing, rows=4, length=512):
+    gc.collect()  # nothing of the one before may be left
+    model = medium_llama("cuda", torch.float32 if recipe == "fp32" else torch.bfloat16).train()
+    trained = list(model.parameters()) if method is None else attach(model, method).parameters()
+    if checkpointing:
+        recompute(model)
+    optimizer, ids = torch.optim.AdamW(trained, lr=1e-5), torch.randint(16000, (rows, length), device="cuda")
+    def step():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    step()
+    return cuda_peak(step)[0]
+
+# %% tags=["nbval-ignore-output"]
+gpu = torch.cuda.is_available()
+print(torch.cuda.get_device_name() if gpu else "No GPU here: predictions only. Nothing in this table was measured.")
+print(f"{'':28}{'predicted GiB':>14}{'measured GiB' if gpu else '':>14}")
+for name, (method, recipe, checkpointing) in SETUPS.items():
+    guess = estimate(medium_llama("meta", torch.float32), method, recipe=recipe, batch=4, length=512,
+                     checkpointing=checkpointing)
+    found = f"{measured(method, recipe, checkpointing) / 2**30:14.3f}" if gpu else ""
+    print(f"{name:28}{guess.peak / 2**30:14.3f}{found}")
+
+# %% [markdown]
+# Measurements on larger GPUs are recorded in `data/measurements`, with device, date and versions. The rows that ran out of
+# memory stay in.
+
+# %%
+import json
+
+from utils.paths import DATA
+
+records = [json.loads(path.read_text()) for path in sorted(DATA.glob("measurements/*/memory*.json"))]
+for record in records:
+    print(f"{record['device']}, {record['date']}, torch {record['versions']['torch']}: {record['command']}")
+    for row in record["rows"]:
+        print("   ", "  ".join(f"{key} {value}" for key, value in row.items()))
+if not records:
+    print("There is no recorded measurement of memory yet: `make gpu-bench` on a machine with a GPU makes one.")
+
+# %% [markdown]
+# ## The same from other tools
+#
+# `accelerate estimate-memory`, which comes with Hugging Face's `accelerate`, answers a similar question. Its arithmetic is
+# a function that you can call. It returns four numbers, and the command prints the largest of them as the memory of
+# training with Adam.
+
+# %%
+from accelerate.commands.estimate import estimate_training_usage
+
+model = small_llama()
+N, counted = count(model), step_bytes(small_llama, rows=8)
+theirs = {precision: max(estimate_training_usage(4 * N, precision).values()) for precision in ("float32", "bfloat16")}
+ours = estimate(model, batch=8, length=64).peak
+for precision, recipe in {"float32": "fp32", "bfloat16": "autocast"}.items():
+    print(f"{precision:8} accelerate {theirs[precision] / 1e6:.1f} MB = {theirs[precision] / N:.0f} bytes per parameter; "
+          f"the states have {RECIPES[recipe].per_trained}")
+print(f"float32, 512 tokens: estimate {ours / 1e6:.1f} MB, counted {counted / 1e6:.1f} MB")
+assert theirs["float32"] == 16 * N < counted and theirs["bfloat16"] == 8 * N and abs(ours / counted - 1) < 0.05
+
+# %% [markdown]
+# In float32 it names the states and stops there: it asks for no batch and no length, so it has no activations. In 16 bits
+# its largest term is the two moments, and it prints that alone, although weights and gradients exist beside them. Both are
+# fine for a first look at whether a model is of the right order, and too low to plan with.
+
+# %% [markdown]
+# ## What to read next
+#
+# - Rajbhandari et al. 2019, [arXiv:1910.02054](https://arxiv.org/abs/1910.02054), *ZeRO*: section 3 is the clearest account
+#   of the states, and section 5 of sharding.
+# - Korthikanti et al. 2022, [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), *Reducing Activation Recomputation*: the
+#   activations of one block, derived as you did it, for GPT's block.
+# - Chen et al. 2016, [arXiv:1604.06174](https://arxiv.org/abs/1604.06174), the square root rule.
+# - Dao et al. 2022, [arXiv:2205.14135](https://arxiv.org/abs/2205.14135), *FlashAttention*: how the square disappears.
+# - `utils/memory/activations.py`, which derives what every kind of block keeps, and `utils/memory/estimate.py`, which puts
+#   the moments of a step together.
