@@ -5,11 +5,11 @@
 
 accelerate estimate-memory    4 copies of the weights in float32 for Adam; in half precision the largest of its parts,
                               though they are there at the same time. No activations.
-DeepSpeed, ZeRO 2 and 3       18 bytes per parameter spread over the GPUs, and 2 on each of them (stage 2) or 4 for each
+DeepSpeed, ZeRO 2 and 3       18 bytes per parameter spread over the GPUs, and 2 on each (stage 2) or 4 for each
                               number of the largest layer (stage 3): the fp16 gradients beside the fp32 ones
                               included; no activations
 here                          the peak of a step, activations, loss and optimizer's temporaries included
-counted                       live bytes, operation by operation, of a real step on the meta device: every tensor is made
+counted                       live bytes, operation by operation, of a step on the meta device: every tensor is made
                               and freed as it would be, and none has numbers in it
 """
 
