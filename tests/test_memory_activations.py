@@ -83,10 +83,15 @@ def prepared(name, attention, dtype, chosen):
     return model, Needs(frozenset(LINEAR[block_of(name)][c] for c in chosen))
 
 
+# Older torch has no fused kernel for shared keys on a CPU, and older transformers keep a number more here and there.
+of_today = pytest.mark.skipif(torch.__version__ < "2.13", reason="the formulas are of what the pinned versions keep")
+
+
 def test_there_are_enough_cases():
     assert len(CASES) >= 200
 
 
+@of_today
 @pytest.mark.parametrize("name, attention, dtype, chosen, batch", CASES)
 def test_formulas_equal_the_count(name, attention, dtype, chosen, batch):
     model, needs = prepared(name, attention, dtype, chosen)
@@ -95,6 +100,7 @@ def test_formulas_equal_the_count(name, attention, dtype, chosen, batch):
     assert kept.total == saved_bytes(loss, exclude=[model])
 
 
+@of_today
 @pytest.mark.parametrize("chosen", [None, ("self_attn.q_proj", "self_attn.v_proj")], ids=["full", "lora"])
 @pytest.mark.parametrize("name", ["llama_gqa", "gemma"])
 def test_checkpointing_keeps_the_inputs_of_blocks(name, chosen):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_memory_activations import loss_of, make
+from test_memory_activations import loss_of, make, of_today
 
 from utils import (
     IA3,
@@ -70,6 +70,7 @@ def test_there_are_enough_cases():
     assert len(BATCHES) * len(CASES + OTHERS) >= 200
 
 
+@of_today
 @pytest.mark.parametrize("name, method, attention, dtype", CASES + OTHERS)
 def test_formulas_equal_the_count(name, method, attention, dtype):
     model = make(name, attention, dtype)

@@ -35,5 +35,6 @@ def architecture(name, model=None, **changes):
 
     facts = known()[name]
     config = getattr(transformers, facts["config"])(**facts["fields"] | changes)
+    kind = getattr(transformers, model or facts["model"])  # not below: its modules' tensors would be on meta too
     with torch.device("meta"):
-        return getattr(transformers, model or facts["model"])(config)
+        return kind(config)
