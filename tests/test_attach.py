@@ -1,11 +1,12 @@
 """Which modules are meant, what is frozen, and the report."""
 
 import pytest
+import transformers as tf
 from small_models import small_model
 
 from utils import LoRA, attach
 from utils.attach import count_parameters, freeze
-from utils.targeting import match_targets
+from utils.targeting import match_targets, task_head
 
 
 def test_match_targets():
@@ -54,3 +55,22 @@ def test_the_report():
 def test_a_classifier_trains_its_head_unless_told_not_to():
     assert "classifier" in attach(small_model("roberta"), LoRA()).parts
     assert "classifier" not in attach(small_model("roberta"), LoRA(modules_to_save=())).parts
+
+
+@pytest.mark.parametrize(
+    "kind, head",
+    [
+        (tf.BertForTokenClassification, "classifier"),
+        (tf.BertForQuestionAnswering, "qa_outputs"),
+        (tf.BertModel, None),
+        (tf.T5ForSequenceClassification, "classification_head"),
+        (tf.T5ForTokenClassification, "classifier"),
+        (tf.T5ForQuestionAnswering, "qa_outputs"),
+        (tf.LlamaForSequenceClassification, "score"),
+        (tf.LlamaForCausalLM, None),
+    ],
+)
+def test_heads_that_a_task_trains_whole(kind, head):
+    name = kind.__name__.partition("For")[0].removesuffix("Model").lower()
+    settings = small_model(name).config
+    assert task_head(kind(settings)) == head

@@ -4,15 +4,17 @@ Half of each comparison is whether the same configuration means the same modules
 adapters must be equal before any number is compared.
 """
 
+import copy
 import json
 from dataclasses import replace
 
 import peft
 import pytest
 import torch
+import transformers as tf
 from peft_pair import QUIET, assert_near, output_and_gradient, task, their_tensors
 from peft_pair import pair as pair_of
-from small_models import ALL, DECODERS, ENCODERS, WITH_BIASES, backward, batch, logits, names, small_model
+from small_models import ALL, DECODERS, ENCODERS, WITH_BIASES, backward, batch, logits, move, names, small_model
 
 from utils import LoRA, attach, load_adapter
 from utils.checkpoint import CONFIG, WEIGHTS, file_tensors
@@ -264,6 +266,21 @@ def test_layers_of_a_model_without_head(architecture, tmp_path):
     with torch.no_grad():
         loaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
         assert_near(loaded(**inputs)[0], bare(**inputs)[0])
+
+
+@pytest.mark.parametrize("targets", [("query", "value"), "all-linear"], ids=str)
+def test_answers_in_a_text_train_their_head(targets, tmp_path):
+    """PEFT wants that head in the file of every such task."""
+    settings = small_model("bert").config
+    settings.num_labels = 2
+    model = tf.BertForQuestionAnswering(settings).eval()
+    fresh = copy.deepcopy(model)
+    adapter = attach(model, LoRA(r=4, targets=targets, init="random_b"))
+    move(adapter)
+    adapter.save(tmp_path)
+    inputs = batch(model)
+    with torch.no_grad():
+        assert_near(peft.PeftModel.from_pretrained(fresh, tmp_path).eval()(**inputs)[0], model(**inputs)[0])
 
 
 def test_config_goes_through_the_file_unchanged(tmp_path):

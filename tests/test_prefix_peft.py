@@ -102,6 +102,17 @@ def test_ours_is_read_by_peft(architecture, hidden, tmp_path):
     assert_near(output(theirs.eval()), output(model))
 
 
+@pytest.mark.parametrize("architecture", [a for a in OPEN_ATTENTION if a != "t5"])
+def test_a_model_without_head(architecture, tmp_path):
+    """PEFT, told of no task, would leave the prefix out."""
+    bare = small_model(architecture).base_model
+    attach(bare, PrefixTuning(5)).save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(small_model(architecture).base_model, tmp_path).eval()
+    inputs = batch(bare)
+    with torch.no_grad():
+        assert_near(theirs(**inputs)[0], bare(**inputs)[0])
+
+
 @pytest.mark.parametrize("hidden", [None, 6])
 @pytest.mark.parametrize("architecture", OPEN_ATTENTION)
 def test_peft_is_read_by_us(architecture, hidden, tmp_path):

@@ -40,10 +40,11 @@ def module_tree(module, prefix=""):
 
 
 def task_head(model):
-    """The name of a classification head, which a task trains whole, or None for a language model."""
-    if "Classification" not in type(model).__name__:
+    """The name of the head that a task trains whole, for classes or for answers in a text, or None without one."""
+    if not any(task in type(model).__name__ for task in ("Classification", "QuestionAnswering")):
         return None
-    return next((n for n in ("classifier", "score") if hasattr(model, n)), None)
+    heads = ("classifier", "score", "classification_head", "qa_outputs")  # T5 has the third
+    return next((n for n in heads if hasattr(model, n)), None)
 
 
 def select(model, config):

@@ -280,6 +280,7 @@ class PrefixTuning:
     modules_to_save: tuple[str, ...] | None = None
 
     peft_type = "PREFIX_TUNING"
+    default_task = "FEATURE_EXTRACTION"  # without a known head: PEFT ignores a prefix where no task is named
     file_prefix = "base_model."
     bare_names = ("prompt_embeddings",)
 
