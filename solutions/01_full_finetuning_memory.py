@@ -35,6 +35,7 @@
 
 # %%
 import dataclasses
+import json
 import math
 
 import torch
@@ -110,9 +111,9 @@ print(f"{count(small_llama()):,} parameters")
 # %% [markdown] exercise="utils.memory.states:units" difficulty=1 importance=3 minutes=3 points=1
 # ## GB and GiB
 #
-# Before anything else, the unit. A **GB** is 10⁹ bytes; a **GiB** is 2³⁰. Sizes of files and papers are in GB. PyTorch's
-# out-of-memory message is in GiB. Makers of GPUs print GB and mean GiB. The two differ by more than many a safety
-# margin.
+# Before anything else, the unit. A **GB** is 10⁹ bytes; a **GiB** is 2³⁰. Sizes in papers and of files are in GB.
+# PyTorch's out-of-memory message is in GiB. Makers of GPUs print GB and mean GiB. 2³⁰ / 10⁹ is 1.074: they differ by 7
+# percent, more than many a safety margin.
 #
 # Complete `units`, which gives both.
 #
@@ -395,7 +396,7 @@ assert growth["eager"] > 3.5 and growth["sdpa"] < 2.1
 # %%
 for kernel in ("eager", "sdpa"):
     layer = attention_kept(4096, 4096, 32, 32, 128, 2, kernel)
-    print(f"Llama-2-7B, 4,096 tokens, bfloat16, {kernel:5}: {layer / 1e9:5.2f} GB a layer, {32 * layer / 1e9:6.1f} GB in all")
+    print(f"Llama-2-7B, 4,096 tokens, bfloat16, {kernel:5}: {layer / 1e9:.2f} GB a layer, {32 * layer / 1e9:5.1f} GB in all")
 assert attention_kept(4096, 4096, 32, 32, 128, 2, "eager") > 20 * attention_kept(4096, 4096, 32, 32, 128, 2)
 
 # %% [markdown] exercise="utils.memory.activations:block_kept" difficulty=4 importance=5 minutes=20 points=3
@@ -768,7 +769,7 @@ totals = {name: [step_bytes(prepare, r) for r in rows] for name, prepare in ways
 
 # %%
 tokens = [64 * r for r in rows]
-masks = 2 * (6 * 128 + 352) - 3 * 128  # numbers per token; the first block's q, k and v need none, as their x has no gradient
+masks = 2 * (6 * 128 + 352) - 3 * 128  # numbers per token; none for the first block's q, k, v: their x needs no gradient
 totals["peft's LoRA, dropout 0.1"] = [t - 3 * n * masks for t, n in zip(totals["peft's LoRA, dropout 0.1"], tokens)]
 share = {name: [y / f for y, f in zip(ys, totals["full fine-tuning"])] for name, ys in totals.items()}
 _ = plots.lines({name: (tokens, ys) for name, ys in share.items()}, xlabel="tokens in a step, n", logx=True, ylabel="share",
@@ -898,7 +899,7 @@ states = model_states(full.total, 0, RECIPES["bf16 + master"])
 per_device = {f"stage {stage}": shard(states, 8, stage) for stage in range(4)}
 order = ("weights, trained", "master copy", "optimizer", "gradients")
 bars = {stage: {name: parts[name] / 1e9 for name in order} for stage, parts in per_device.items()}
-_ = plots.stacked(bars, xlabel="GB on each of 8 devices", fmt="{:.1f}", title="States of Llama-2-7B, 16 bytes per parameter")
+_ = plots.stacked(bars, xlabel="GB on each of 8 devices", fmt="{:.1f}", title="States of Llama-2-7B, 16 bytes each")
 totals = [sum(parts.values()) for parts in per_device.values()]
 assert totals == sorted(totals, reverse=True) and math.isclose(totals[3], totals[0] / 8)
 
@@ -1047,8 +1048,6 @@ for name, (method, recipe, checkpointing) in SETUPS.items():
 # memory stay in.
 
 # %%
-import json
-
 from utils.paths import DATA
 
 records = [json.loads(path.read_text()) for path in sorted(DATA.glob("measurements/*/memory*.json"))]
@@ -1062,27 +1061,42 @@ if not records:
 # %% [markdown]
 # ## The same from other tools
 #
-# `accelerate estimate-memory`, which comes with Hugging Face's `accelerate`, answers a similar question. Its arithmetic is
-# a function that you can call. It returns four numbers, and the command prints the largest of them as the memory of
-# training with Adam.
+# `accelerate estimate-memory`, from Hugging Face, prints the memory of training with Adam from the parameters alone.
+# DeepSpeed has estimators for ZeRO stages 2 and 3. What both say of the same steps is recorded, with versions, beside a
+# count. The count is a whole step on the meta device under `LiveBytes`: every tensor is made and freed as it would be, and
+# none has numbers in it. So a step of 7 billion parameters is counted on a laptop.
 
 # %%
-from accelerate.commands.estimate import estimate_training_usage
+from utils.memory.compare import RECORD, accelerate_says, count_step, predicted as ours_of
 
-model = small_llama()
-N, counted = count(model), step_bytes(small_llama, rows=8)
-theirs = {precision: max(estimate_training_usage(4 * N, precision).values()) for precision in ("float32", "bfloat16")}
-ours = estimate(model, batch=8, length=64).peak
-for precision, recipe in {"float32": "fp32", "bfloat16": "autocast"}.items():
-    print(f"{precision:8} accelerate {theirs[precision] / 1e6:.1f} MB = {theirs[precision] / N:.0f} bytes per parameter; "
-          f"the states have {RECIPES[recipe].per_trained}")
-print(f"float32, 512 tokens: estimate {ours / 1e6:.1f} MB, counted {counted / 1e6:.1f} MB")
-assert theirs["float32"] == 16 * N < counted and theirs["bfloat16"] == 8 * N and abs(ours / counted - 1) < 0.05
+record = json.loads(RECORD.read_text())
+print("GB per GPU                  ZeRO  accelerate  DeepSpeed  estimate  counted")
+gaps = []
+for row in record["rows"]:
+    ours, step = ours_of(row).peak, f"{row['model']}, {row['batch']} x {row['length']} tokens"
+    said = (row["accelerate"], row["DeepSpeed"], ours, row["counted"])
+    print(f"{step:28}{row['stage']:4}" + "".join("         -" if size is None else f"{size / 1e9:10.2f}" for size in said))
+    gaps += [abs(ours / row["counted"] - 1)] if row["counted"] else []
+print("with", ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
+assert gaps and max(gaps) < 0.01
 
 # %% [markdown]
-# In float32 it names the states and stops there: it asks for no batch and no length, so it has no activations. In 16 bits
-# its largest term is the two moments, and it prints that alone, although weights and gradients exist beside them. Both are
-# fine for a first look at whether a model is of the right order, and too low to plan with.
+# One row of the record again, live: a step of Llama-2-7B. And `accelerate` asked about 16 bits.
+
+# %%
+row = next(row for row in record["rows"] if row["model"] == "Llama-2-7B" and row["counted"])
+counted = count_step(row["model"], row["batch"], row["length"])
+theirs = {dtype: accelerate_says(row["model"], dtype) / full.total for dtype in ("float32", "float16")}
+print(f"counted {counted / 1e9:.1f} GB, recorded {row['counted'] / 1e9:.1f} GB")
+print("accelerate:", ", ".join(f"{dtype} {each:.0f} bytes per parameter" for dtype, each in theirs.items()))
+assert abs(counted / row["counted"] - 1) < 0.01
+assert round(theirs["float32"]) == RECIPES["fp32"].per_trained == 16 and round(theirs["float16"]) == 8
+
+# %% [markdown]
+# In float32 `accelerate` names the states and stops there. It asks for no batch and no length, so it has no activations, and
+# for GPT-2 with 8 rows it is far too low. In 16 bits its largest term is the two moments, and it prints that alone, although
+# weights and gradients are there at the same time. DeepSpeed's figures are about states, too. All are fine for a first look
+# at whether a model is of the right order, and none for planning a batch.
 
 # %% [markdown]
 # ## What to read next
