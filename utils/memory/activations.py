@@ -311,11 +311,10 @@ def rotary_tables(run, shape):
 def attention_kept(n, length, heads, kv_heads, head_dim, e=2, kernel="sdpa"):
     """What attention keeps when q, k and v all need a gradient, in bytes.
 
-    n: tokens   length: of a row   e: bytes per number   kernel: "sdpa" or "eager"
-    sdpa    q, k, v, the output, and a float32 for each token and head: e n (2 q + 2 kv) + 4 n heads, with
-            q = heads head_dim and kv = kv_heads head_dim
-    eager   q, k and v repeated to all heads, and the probabilities, n length heads of them: in float32 as the softmax
-            makes them, and in half precision once more for the product with v
+    n: tokens   length: of a row   e: bytes per number, 4 or 2   kernel: "sdpa" or "eager"
+    sdpa    q, k, v and the output, and a float32 for each token and head
+    eager   q, and k and v repeated to all heads; and the probabilities, in float32 as the softmax makes them, and where
+            e is 2 once more for the product with v
     """
     q, kv = heads * head_dim, kv_heads * head_dim
     if kernel == "sdpa":
@@ -326,10 +325,11 @@ def attention_kept(n, length, heads, kv_heads, head_dim, e=2, kernel="sdpa"):
 def block_kept(n, d, d_ff, heads, kv_heads, head_dim, e=2):
     """What one block of a Llama keeps in full fine-tuning with sdpa, in bytes.
 
-    two norms        x in float32, 1/rms, and x / rms for the norm's own weight: 4 n d + 4 n + e n d each
-    linear inputs    of q, k and v together, of gate and up together, of down: e n (2 d + d_ff); o shares its own
+    two norms        x and 1/rms in float32, and x / rms for the norm's own weight
+    linear inputs    of q, k and v together, of gate and up together, of down; o reads what attention keeps
     attention        `attention_kept`
-    act(gate) * up   gate, act(gate) and up: 3 e n d_ff
+    act(gate) * up   gate, act(gate) and up
+    n: tokens   d, d_ff: widths   e: bytes per number, 4 or 2
     """
     norms = 2 * (4 * n * d + 4 * n + e * n * d)
     inputs = e * n * (2 * d + d_ff)
@@ -347,9 +347,9 @@ def checkpoint_kept(layers, block, boundary, every=1):
 
 
 def loss_peak(n, vocab):
-    """Beyond what is kept, the loss's backward pass makes two float32 tensors of n vocab numbers: 8 n vocab bytes.
+    """Bytes that the loss's backward pass makes beyond what is kept: two float32 tensors of n vocab numbers.
 
-    They are the gradient of log-softmax's output and that of the logits.
+    They are the gradient of log-softmax's output and that of the logits. n: tokens   vocab: V
     """
     return 8 * n * vocab
 

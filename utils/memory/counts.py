@@ -1,23 +1,33 @@
 """How many numbers a transformer holds, from its sizes: one formula per family, equal to transformers' own count.
 
-    llama_parameters(vocab=32000, d=4096, d_ff=11008, layers=32, heads=32)          6,738,415,616
+    llama_parameters(vocab=32000, d=4096, d_ff=11008, layers=32, heads=32, kv_heads=32)          6,738,415,616
 
 A linear layer from d to m has d m numbers, and m more with a bias. A LayerNorm has 2 d, an RMSNorm d. An embedding has
 d for each row; a head that shares them ("tied") has none of its own.
 """
 
 
-def llama_parameters(vocab, d, d_ff, layers, heads, kv_heads=None, head_dim=None, tied=False, qkv_bias=False):
-    """Llama, Mistral and Qwen2 (which has biases on q, k and v; its small models are tied).
+def llama_parameters(vocab, d, d_ff, layers, heads, kv_heads, tied=False):
+    """How many parameters a Llama has: no biases, and norms with a weight alone (Touvron et al. 2023).
 
-    per layer   q and o (d, heads head_dim), k and v (d, kv_heads head_dim), gate, up and down (d, d_ff), two norms of d
-    once        the embedding, the last norm, and the head unless it is tied
-    kv_heads: None: heads   head_dim: None: d / heads   returns an int
+    vocab: rows of the embedding   d: width of the residual stream   d_ff: width of the feed-forward part's inside
+    heads: of the queries   kv_heads: of the keys and of the values; a head is d // heads wide
+    tied: whether the output layer is the embedding's own matrix   returns an int
+
+    Llama-2-7B is (32000, 4096, 11008, 32, 32, 32): 6,738,415,616.
     """
-    head_dim = head_dim or d // heads
-    q_dim, kv_dim = heads * head_dim, (kv_heads or heads) * head_dim
-    attention = 2 * d * q_dim + 2 * d * kv_dim + (q_dim + 2 * kv_dim) * qkv_bias
-    return layers * (attention + 3 * d * d_ff + 2 * d) + (1 if tied else 2) * vocab * d + d
+    kv_dim = d // heads * kv_heads
+    attention = 2 * d * d + 2 * d * kv_dim  # q and o, k and v
+    feed_forward = 3 * d * d_ff  # gate, up and down
+    block = attention + feed_forward + 2 * d  # and two norms
+    embeddings = vocab * d if tied else 2 * vocab * d
+    return embeddings + layers * block + d  # and the last norm
+
+
+def qwen2_parameters(vocab, d, d_ff, layers, heads, kv_heads, tied=False):
+    """Qwen2: a Llama with biases on q, k and v; its small models are tied."""
+    biases = d + 2 * (d // heads * kv_heads)
+    return llama_parameters(vocab, d, d_ff, layers, heads, kv_heads, tied) + layers * biases
 
 
 def gpt2_parameters(vocab, d, layers, positions=1024, d_ff=None):
@@ -68,9 +78,11 @@ def parameters_of(config):
     c, family = config, config.model_type
     tied = getattr(c, "tie_word_embeddings", True)
     if family in ("llama", "mistral", "qwen2"):
-        heads = (c.num_attention_heads, c.num_key_value_heads, getattr(c, "head_dim", None))
-        sizes = (c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers)
-        return llama_parameters(*sizes, *heads, tied, qkv_bias=family == "qwen2")
+        heads = (c.num_attention_heads, c.num_key_value_heads)
+        if (getattr(c, "head_dim", None) or c.hidden_size // heads[0]) * heads[0] != c.hidden_size:
+            raise ValueError(f"there is no formula for heads of {c.head_dim} in a width of {c.hidden_size}")
+        count = qwen2_parameters if family == "qwen2" else llama_parameters
+        return count(c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers, *heads, tied)
     if family == "gpt2":
         return gpt2_parameters(c.vocab_size, c.n_embd, c.n_layer, c.n_positions, c.n_inner)
     if family == "opt" and c.word_embed_proj_dim == c.hidden_size:

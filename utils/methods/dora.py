@@ -289,7 +289,7 @@ class DoRALinear(Magnitude, LoRALinear):
 
     def adapted_forward(self, x):
         layer, scale, mask, keep = self.inner, self.scale, None, 1.0
-        device = x.device.type
+        device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         if self.dropout > 0 and self.training:

@@ -193,7 +193,7 @@ class LoRALinear(Wrapper):
     def low_rank_output(self, x, A, B):
         """The layer's output with s B A dropout(x) added."""
         layer, scale, mask = self.inner, self.scale, None
-        device = x.device.type
+        device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         if self.dropout > 0 and self.training:
