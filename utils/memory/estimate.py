@@ -155,10 +155,10 @@ def predict(facts, recipe=None, batch=1, length=512, attention="sdpa", checkpoin
     trains_head = facts.ends.head and not shape.labels
     of_head = costs.gradient * shape.vocab * shape.d / (devices if stage >= 2 else 1)
     first, last = one_block(shape, run), one_block(shape, run, last=True)
-    work = backward_of_block(shape, run)
+    work = backward_of_block(shape, run) + quantized * unpacked(shape, costs.e)
     again_first, again_last = checkpointed(checkpointing, 0), checkpointed(checkpointing, len(facts.blocks) - 1)
     so_far = gradients if accumulate > 1 else 0  # of the batches before
-    logits = loss_peak(run.n if target is None else batch * target, shape.vocab) * (not shape.labels)
+    logits = loss_peak(run.n if target is None else batch * target, shape.vocab) * (shape.block != "bert")
     moments = {
         "loss": so_far + kept.total + logits,
         "last block": (so_far or of_head * trains_head) + kept.total - head + work + last * again_last,
@@ -269,6 +269,11 @@ def one_block(shape, run, last=False):
         run = replace(run, length=run.length if run.target is None else run.target)
         return t5_block(run, shape, True, encoded, run.needs.distances).total
     return BLOCKS[shape.block](run, shape, True).total
+
+
+def unpacked(shape, e):
+    """A weight in 4 bits is unpacked for each product, one layer at a time, the largest of d d_ff numbers. e d d_ff"""
+    return e * shape.d * shape.d_ff
 
 
 def backward_of_block(shape, run):

@@ -21,6 +21,10 @@ from utils.paths import DATA
 CONTEXT_GIB = 0.75  # CUDA's context and kernels; 0.3 to 0.9 is usual
 LOST = 0.04  # of the memory, between the blocks of torch's allocator
 ADAPTER = LoRA(r=16, targets="all-linear")
+NO_BF16 = (
+    "This GPU has no bfloat16: float16 takes as many bytes but needs a loss scaler, and full fine-tuning in it a "
+    "float32 master copy."
+)
 GOALS = ("quality", "speed", "tasks")
 
 
@@ -56,11 +60,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer. rows: in the order of the goal   room: bytes that a step may take"""
+    """The answer. rows: in the order of the goal   room: bytes that a step may take   note: what else to know, or ''"""
 
     title: str
     room: float
     rows: tuple
+    note: str = ""
 
     @property
     def best(self):
@@ -75,7 +80,7 @@ class Plan:
             remark = row.way.why if row.batch else f"does not fit; next: {row.remedy}"
             again = "yes" if row.checkpointing else "no"
             lines.append(f"{row.way.name:<24}{again:<15}{batch:>6}{row.peak / 2**30:>8.1f}   {remark}")
-        return "\n".join(lines)
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 @cache
@@ -90,7 +95,8 @@ def find(name, names, what):
     asked = str(name).lower().replace("_", "-").replace(" ", "-")
     if asked in simple:
         return simple[asked]
-    near = [simple[n] for n in difflib.get_close_matches(asked, simple, 5, 0.4)]
+    within = [n for n in simple if asked and asked in n]
+    near = [simple[n] for n in dict.fromkeys(within + difflib.get_close_matches(asked, simple, 5, 0.4))]
     raise ValueError(f"no {what} is called {name!r}; near: {', '.join(near or names)}")
 
 
@@ -104,14 +110,15 @@ def skeleton(model):
         if not Path(model).exists() and "/" not in model:
             raise unknown from None
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     try:
-        config = AutoConfig.from_pretrained(model)
-    except OSError:
+        config = transformers.AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):
         raise ValueError(f"no config could be read from {model!r}, here or on the hub") from None
+    named = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return named._from_config(config) if named else transformers.AutoModelForCausalLM.from_config(config)
 
 
 def plan(model, gpu, *, length=1024, goal="quality", accumulate_to=16):
@@ -139,7 +146,7 @@ def plan(model, gpu, *, length=1024, goal="quality", accumulate_to=16):
     if goal == "tasks":
         rows.sort(key=lambda row: row.way.method is None)
     title = f"{model if isinstance(model, str) else type(base).__name__}, {length} tokens, on a {name}"
-    return Plan(title, room, tuple(rows))
+    return Plan(title, room, tuple(rows), "" if gpus()[name]["bf16"] else NO_BF16)
 
 
 def try_way(facts, way, checkpointing, room, length, largest):
@@ -171,8 +178,12 @@ def next_remedy(way, checkpointing, estimate, room):
     states = sum(estimate.states.values()) + estimate.gradients
     if states <= room and not checkpointing:
         return "gradient checkpointing, for about a third more time"
+    if states <= room and max(estimate.moments, key=estimate.moments.get) == "loss":
+        return "a loss computed in chunks of tokens, or shorter rows"
+    if states <= room and estimate.moments["optimizer step"] + states - estimate.gradients > room:
+        return "an optimizer without foreach=True, whose temporaries are as large as the weights"
     if states <= room:
-        return "shorter rows, or a loss computed in chunks"
+        return "shorter rows"
     if way.method is None and way.recipe != "8-bit Adam":
         return "moments in 8 bits, or an adapter instead of all weights"
     if way.method is None:
