@@ -4,20 +4,24 @@ wrong.py). A loader that skips what it does not understand gives a model that is
 import json
 import math
 import struct
+from functools import partial
 
 import pytest
 import torch
+import transformers as tf
+from method_table import config_of
 from safetensors.torch import load_file, save_file
-from small_models import small_model
+from small_models import move, small_model
 from torch import nn
-from wrong import Table, attached, check
+from wrong import OTHERS, Table, attached, attached_other, check
 
 from utils import LoRA, attach, load_adapter
-from utils.checkpoint import CONFIG, WEIGHTS
+from utils.checkpoint import CONFIG, STATE, WEIGHTS, to_file
 
 TABLE = Table()
 KEY = r"model\.layers\.\d\.self_attn\.._proj\.lora_"
 FIT = r"the adapter in .* does not fit this LlamaForCausalLM: "
+UNFIT = r"the adapter in .* does not fit this \w+: "
 DAMAGED = r".*adapter_model\.safetensors is damaged or not a safetensors file: .*"
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -217,6 +221,17 @@ def _(tmp):
     edit_tensors(tmp, lambda n, t: (n, t.index_fill(0, torch.tensor(0), math.nan) if n == name else t))
 
 
+@damaged("NaN in float8", r"1 tensors in .* hold NaN or infinity, .*lora_A\.weight among them")
+def _(tmp):
+    name = min(load_file(tmp / WEIGHTS))
+    edit_tensors(tmp, lambda n, t: (n, (t * math.nan).to(torch.float8_e4m3fn) if n == name else t))
+
+
+@damaged("tensors of complex numbers", FIT + rf"8 tensors hold another kind of numbers: {KEY}A\.weight, .*")
+def _(tmp):
+    edit_tensors(tmp, lambda n, t: (n, t.to(torch.complex64)))
+
+
 @damaged("tensors missing", FIT + rf"4 tensors are missing: {KEY}B\.weight, .*")
 def _(tmp):
     edit_tensors(tmp, lambda n, t: None if "lora_B" in n else (n, t))
@@ -237,6 +252,216 @@ def _(tmp):
 def _(tmp):
     other = {"base_model.model.model.embed_tokens.base_layer.weight": torch.zeros(64, 32)}
     save_file(load_file(tmp / WEIGHTS) | other, tmp / WEIGHTS)
+
+
+# ------------------------------------------------------------------------------------------ the same, method by method
+
+WITH_STATE = ("adalora", "p-tuning", "prefix through a network", "mam", "unipelt")
+OWN_FORMAT = ("houlsby", "pfeiffer", "parallel", "bitfit", "mam", "unipelt")
+
+
+def resized(architecture, **sizes):
+    """A model of the same architecture in another size."""
+    model = small_model(architecture)
+    settings = model.config.to_dict() | sizes
+    return type(model)(type(model.config)(**settings))
+
+
+def spare_bert(kind, **sizes):
+    """BERT of the small model's size under another head: tf.BertForMaskedLM, ..."""
+    return kind(tf.BertConfig(**small_model("bert").config.to_dict() | sizes))
+
+
+def saved(tmp, method, model=None):
+    """A folder with an adapter that is not the identity."""
+    adapter = attached_other(method, model)
+    move(adapter, by=0.01)
+    adapter.save(tmp)
+
+
+def damaged_other(method, name, says):
+    """`damaged` for an adapter of another method, on its model of OTHERS."""
+
+    def put(spoil):
+        @TABLE.row(f"{method}: {name}", says)
+        def run(model, tmp):
+            saved(tmp, method)
+            spoil(tmp)
+            model = small_model(OTHERS[method])
+            yield model
+            load_adapter(model, tmp)
+
+    return put
+
+
+def first(change):
+    """Change the first tensor of a file: change(tensor) -> tensor, or None to drop it."""
+
+    def spoil(tmp, file=WEIGHTS):
+        tensors = load_file(tmp / file)
+        name = min(tensors)
+        tensors[name] = change(tensors[name])
+        save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, tmp / file)
+
+    return spoil
+
+
+TENSORS = {
+    "a tensor missing": (UNFIT + r"1 tensors are missing: \S+", lambda t: None),
+    "a tensor of another shape": (
+        UNFIT + r"1 tensors have another shape: \S+",
+        lambda t: t.repeat(2, *[1] * (t.ndim - 1)),
+    ),
+    "a tensor of whole numbers": (UNFIT + r"1 tensors hold another kind of numbers: \S+", lambda t: t.to(torch.int8)),
+    "NaN in the file": (r"1 tensors in \S+ hold NaN or infinity, \S+ among them", lambda t: t * math.nan),
+}
+for method in OTHERS:
+    for what, (says, change) in TENSORS.items():
+        damaged_other(method, what, says)(first(change))
+
+    @damaged_other(method, "a tensor too many", UNFIT + r"1 tensors have no place: \S+")
+    def _(tmp, method=method):
+        extra = to_file("lm_head.extra", config_of(method, OTHERS[method]))
+        save_file(load_file(tmp / WEIGHTS) | {extra: torch.zeros(1)}, tmp / WEIGHTS)
+
+    @TABLE.row(f"{method}: NaN saved", r"\d+ tensors hold NaN or infinity, \S+ among them: nothing was written")
+    def _(model, tmp, method=method):
+        adapter = attached_other(method)
+        adapter.save(tmp)
+        adapter.parameters()[0].data.fill_(math.nan)
+        yield adapter.model
+        adapter.save(tmp)
+
+
+SPOILED = {"cut off": lambda content: content[:-9], "a pickle": lambda content: b"PK\3\4" + content}
+for method in WITH_STATE:
+    for what, change in SPOILED.items():
+        says = rf".*{STATE} is damaged or not a safetensors file: .*"
+
+        @damaged_other(method, f"training state {what}", says)
+        def _(tmp, change=change):
+            (tmp / STATE).write_bytes(change((tmp / STATE).read_bytes()))
+
+    @damaged_other(method, "training state of another method", UNFIT + rf"\d+ tensors are missing in {STATE}: .*")
+    def _(tmp):
+        save_file({"other": torch.zeros(1)}, tmp / STATE)
+
+    @damaged_other(method, "training state with a tensor more", UNFIT + rf"1 tensors have no place in {STATE}: other")
+    def _(tmp):
+        save_file(load_file(tmp / STATE) | {"other": torch.zeros(1)}, tmp / STATE)
+
+
+for method in ("mam", "unipelt"):
+    says = UNFIT + rf"the network in {STATE} makes another prefix than .*"
+
+    @damaged_other(method, "training state of another run", says)
+    def _(tmp, method=method):
+        kept = (tmp / WEIGHTS).read_bytes()
+        saved(tmp, method)
+        (tmp / WEIGHTS).write_bytes(kept)
+
+
+@damaged_other("adalora", "training state of a longer run", UNFIT + r"the file for .* is at step 99 of a schedule of 9")
+def _(tmp):
+    save_file(load_file(tmp / STATE) | {"step": torch.tensor(99)}, tmp / STATE)
+
+
+@damaged_other("adalora", "training state of numbers", UNFIT + rf"1 tensors hold another kind of .* in {STATE}: .*")
+def _(tmp):
+    first(lambda kept: kept.to(torch.int8))(tmp, STATE)
+
+
+# ------------------------------------------------------------------------------------------ on another model
+
+
+def unfit(method, what, says, other, base=None):
+    """A row: what was saved on one model does not fit another. other, base: make these; None: the one of OTHERS."""
+
+    @TABLE.row(f"{method}: {what}", UNFIT + says)
+    def _(model, tmp):
+        saved(tmp, method, base and base())
+        model = other()
+        yield model
+        load_adapter(model, tmp)
+
+
+HEAD = r"classifier\.bias, classifier\.weight"
+SHAPES, LACKING = (
+    r"\d+ tensors have another shape: .*",
+    r"\d+ tensors (are missing|have no place|have another shape): .*",
+)
+bert, language_bert = partial(small_model, "bert"), partial(spare_bert, tf.BertForMaskedLM)
+five_classes = partial(spare_bert, tf.BertForSequenceClassification, num_labels=5)
+for method, architecture in OTHERS.items():
+    width = {"hidden_size": 64} if architecture == "bert" else {"hidden_size": 64, "head_dim": 16}
+    unfit(method, "a wider base", SHAPES, partial(resized, architecture, **width))
+    if method not in ("prompt tuning", "p-tuning"):  # a prompt in front fits any depth, and any family of its width
+        unfit(method, "fewer layers", LACKING, partial(resized, architecture, num_hidden_layers=1, layer_types=None))
+        if method not in ("prefix through a network", "p-tuning v2"):
+            says = rf"(no module is called .*|{LACKING})"
+            unfit(method, "another family", says, partial(small_model, "gpt2"))
+    if method != "llama-adapter":  # which is not for BERT
+        says = rf"(.*; )?\d tensors have no place: .*{HEAD}"
+        unfit(method, "a head where the model has none", says, language_bert, base=bert)
+        unfit(method, "a head of other classes", rf"2 tensors have another shape: {HEAD}", five_classes, base=bert)
+    if method in OWN_FORMAT:
+        says = rf"\d tensors are missing: .*{HEAD}.*"
+        unfit(method, "no head where the model has one", says, bert, base=language_bert)
+
+
+# ------------------------------------------------------------------------------------------ configurations
+
+READS = r"this version reads LoRA, DoRA, .*, UniPELT"
+OWN_FIELDS = {
+    "another version": ({"format_version": 2}, r"format_version is 2; this version reads 1"),
+    "no version": ({"format_version": None}, r"format_version is None; this version reads 1"),
+    "an unknown method": ({"method": "Compacter"}, rf"method is 'Compacter'; {READS}"),
+    "two methods": ({"method": ["MAM"]}, rf"method is \['MAM'\]; {READS}"),
+    "settings of another method": ({"method": "BitFit"}, r"BitFit has no setting activation, .*, size"),
+    "an unknown setting": ({"settings": {"size": 3, "depth": 2}}, r"PfeifferAdapter has no setting depth"),
+    "a setting of the wrong type": ({"settings": {"size": "3"}}, r"size is '3'; it must be a whole number from 1 up"),
+    "settings in a list": ({"settings": [3]}, r"it holds no settings"),
+    "no settings": ({"settings": None}, r"it holds no settings"),
+    "another format": ({"format": "adapter-hub"}, r"peft_type is None; this version reads .*'LORA'.*"),
+}
+for what, (fields, says) in OWN_FIELDS.items():
+    damaged_other("pfeiffer", f"config: {what}", rf".*adapter_config\.json: {says}")(
+        lambda tmp, fields=fields: edit(tmp, **fields)
+    )
+
+WHOLE = r"must be a whole number from 1 up"
+PEFT_FIELDS = {
+    "dora": [
+        ({"use_dora": "yes"}, r"use_dora is 'yes'; it can be None, False, True"),
+        ({"use_rslora": "false"}, r"use_rslora is 'false'; it can be None, False, True"),
+        ({"peft_type": ["LORA"]}, r"peft_type is \['LORA'\]; this version reads .*"),
+    ],
+    "adalora": [({"lora_alpha": "8"}, r"alpha is '8'; it must be a positive number")],
+    "llama-adapter": [({"adapter_len": None}, rf"adapter_len is None; it {WHOLE}")],
+    "prompt tuning": [({"num_transformer_submodules": True}, r"num_transformer_submodules is True; it can be 1, 2")],
+    "p-tuning": [
+        ({"encoder_reparameterization_type": None}, r"encoder is 'none'; it can be 'mlp', 'lstm'"),
+        ({"encoder_hidden_size": "32"}, rf"hidden is '32'; it {WHOLE}"),
+    ],
+    "prefix through a network": [
+        ({"num_virtual_tokens": 5.0}, rf"num_virtual_tokens is 5\.0; it {WHOLE}"),
+        ({"encoder_hidden_size": 0}, rf"hidden is 0; it {WHOLE}"),
+    ],
+    "ia3": [
+        ({"feedforward_modules": 3}, r"feedforward is 3; it can be a tuple of names of modules, .*"),
+        ({"target_modules": []}, r"targets is empty: name at least one module, .*"),
+    ],
+}
+for method, wrong in PEFT_FIELDS.items():
+    for fields, says in wrong:
+        damaged_other(method, f"config with {fields}", rf".*adapter_config\.json: {says}")(
+            lambda tmp, fields=fields: edit(tmp, **fields)
+        )
+
+
+@damaged_other("dora", "read as LoRA", UNFIT + r"4 tensors have no place: \S+lora_magnitude_vector, .*")
+def _(tmp):
+    edit(tmp, use_dora=False)
 
 
 # ------------------------------------------------------------------------------------------------- finding

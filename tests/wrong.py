@@ -69,7 +69,7 @@ OTHERS = {
 def attached_other(method, model=None, name="default"):
     """An adapter of another method, by default on its model of OTHERS."""
     model = small_model(OTHERS[method]) if model is None else model
-    return attach(model, config_of(method, OTHERS[method]), name)
+    return attach(model, config_of(method, model.config.model_type), name)
 
 
 def photograph(model, tmp):
