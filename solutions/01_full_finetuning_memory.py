@@ -1044,8 +1044,8 @@ for name, (method, recipe, checkpointing) in SETUPS.items():
     print(f"{name:28}{guess.peak / 2**30:14.3f}{found}")
 
 # %% [markdown]
-# Measurements on larger GPUs are recorded in `data/measurements`, with device, date and versions. The rows that ran out of
-# memory stay in.
+# What has been measured on larger GPUs is in `data/measurements`, with device, date and versions; rows that ran out of
+# memory stay in. This cell prints it, or says that there is nothing yet.
 
 # %%
 from utils.paths import DATA
@@ -1056,7 +1056,7 @@ for record in records:
     for row in record["rows"]:
         print("   ", "  ".join(f"{key} {value}" for key, value in row.items()))
 if not records:
-    print("There is no recorded measurement of memory yet: `make gpu-bench` on a machine with a GPU makes one.")
+    print("No measurement of memory has been recorded yet.")
 
 # %% [markdown]
 # ## The same from other tools
