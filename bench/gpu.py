@@ -1,6 +1,7 @@
 """python -m bench.gpu test | bench [name ...]: what only a GPU can show. Without one it says so and does nothing.
 
-test    the kernels compiled, and training on the GPU: tests/test_kernels.py and tests/test_gpu.py
+test    the kernels compiled, training on the GPU, and predicted memory: tests/test_kernels.py, tests/test_gpu.py and
+        tests/test_gpu_memory.py
 bench   the measurements of bench.gpu_rows, all or the named ones
 
 Both write data/measurements/DEVICE/NAME.json: the device, its capability and driver, versions, the date, the command,
@@ -22,7 +23,7 @@ from utils.paths import DATA, ROOT
 
 FOLDER = DATA / "measurements"
 NO_GPU = "There is no CUDA GPU here, so nothing was run: `make gpu-test` and `make gpu-bench` need one."
-TESTS = ("tests/test_kernels.py", "tests/test_gpu.py")
+TESTS = ("tests/test_kernels.py", "tests/test_gpu.py", "tests/test_gpu_memory.py")
 
 
 def main(arguments=None):
