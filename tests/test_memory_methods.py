@@ -97,6 +97,29 @@ def test_lora_by_hand():
     assert block.terms == {"linear inputs": 2 * 24, "adapters": 48}
 
 
+MORE = {
+    "roberta": (tf.RobertaForSequenceClassification, tf.RobertaConfig(**BERT | {"pad_token_id": 0})),
+    "qwen3": (tf.Qwen3ForCausalLM, tf.Qwen3Config(**SIZES | TOKENS, num_key_value_heads=2, head_dim=8)),
+}
+
+
+@pytest.mark.parametrize("method", [None, "LoRA", "Houlsby", "Prompt Tuning"])
+@pytest.mark.parametrize("name", MORE)
+def test_two_more_families(name, method, monkeypatch):
+    """RoBERTa's head reads all last hidden states and its positions are counted row by row; Qwen3 has norms per head."""
+    monkeypatch.setitem(MODELS, name, lambda: MORE[name])
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make(name, "sdpa", dtype)
+        if method:
+            attach(model, METHODS[method])
+            model.train()
+        shape = shape_of(model)
+        ends, blocks = needs_of(model, shape)
+        _, loss = loss_of(model, 3, 11)
+        kept = activations(shape, Run(3, 11, ends, dtype.itemsize, blocks=blocks))
+        assert kept.total == saved_bytes(loss, exclude=[model])
+
+
 def test_a_switched_off_adapter_keeps_nothing():
     model = make("llama_gqa", "sdpa", torch.float32)
     adapter = attach(model, LoRA())
