@@ -106,7 +106,7 @@ MORE = {
 @pytest.mark.parametrize("method", [None, "LoRA", "Houlsby", "Prompt Tuning"])
 @pytest.mark.parametrize("name", MORE)
 def test_two_more_families(name, method, monkeypatch):
-    """RoBERTa's head reads all last hidden states and its positions are counted row by row; Qwen3 has norms per head."""
+    """RoBERTa's head reads all last hidden states and has its own positions per row; Qwen3 has norms per head."""
     monkeypatch.setitem(MODELS, name, lambda: MORE[name])
     for dtype in (torch.float32, torch.bfloat16):
         model = make(name, "sdpa", dtype)
