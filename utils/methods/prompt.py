@@ -130,7 +130,8 @@ class Prompts(Guest):
         raise NotImplementedError
 
     def before(self, host, args, kwargs):
-        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        # as zip would do it, but torch 2.8 cannot compile one with `strict`
+        kwargs = {self.names[i]: value for i, value in enumerate(args)} | kwargs
         mask = kwargs.get("attention_mask")
         if mask is not None:
             if getattr(mask, "ndim", None) != 2:
@@ -206,7 +207,7 @@ class PromptMask(Guest):
         self.names = tuple(inspect.signature(host.forward).parameters)
 
     def before(self, host, args, kwargs):
-        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        kwargs = {self.names[i]: value for i, value in enumerate(args)} | kwargs
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if mask is not None and states.shape[1] == mask.shape[1] + self.length:  # they were encoded with the prompt
             kwargs["encoder_attention_mask"] = extend_mask(mask, self.length)
