@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from test_memory_activations import loss_of, make, of_today
+import transformers as tf
+from test_memory_activations import BERT, MODELS, SIZES, TOKENS, loss_of, make, of_today
 
 from utils import (
     IA3,
