@@ -104,6 +104,7 @@ MORE = {
 }
 
 
+@of_today
 @pytest.mark.parametrize("method", [None, "LoRA", "Houlsby", "Prompt Tuning"])
 @pytest.mark.parametrize("name", MORE)
 def test_two_more_families(name, method, monkeypatch):

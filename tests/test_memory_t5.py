@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import transformers as tf
-from test_memory_activations import GPT2, OPT, SIZES, TOKENS, loss_of, make
+from test_memory_activations import GPT2, OPT, SIZES, TOKENS, loss_of, make, of_today
 
 from utils import IA3, DoRA, HoulsbyAdapter, LoRA, ParallelAdapter, PfeifferAdapter, PrefixTuning, PromptTuning, attach
 from utils.architectures import known
@@ -51,6 +51,7 @@ def counted_and_predicted(model, loss, batch, **options):
     return saved_bytes(loss, exclude=[model]), predicted.total
 
 
+@of_today
 @pytest.mark.parametrize("gated", [False, True], ids=["relu", "gated"])
 @pytest.mark.parametrize("attention, dtype", KINDS)
 @pytest.mark.parametrize("method", METHODS)
@@ -73,6 +74,7 @@ WITH_DROPOUT = {
 }
 
 
+@of_today
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*WITH_DROPOUT, "t5"])
 @pytest.mark.parametrize("method", ["full", "DoRA", "Houlsby"])
