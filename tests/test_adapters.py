@@ -139,6 +139,14 @@ def test_beside_the_parts_of_a_method_that_is_off(config):
     assert torch.equal(output(model), alone)
 
 
+@pytest.mark.parametrize("config", [LoRA(), IA3(), AdaLoRA(9)], ids=str)
+def test_a_layer_with_hooks_is_not_merged_and_the_reason_is_said(config):
+    model = small_model("llama_gqa")
+    model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="v_proj: this Linear has hooks, which .* remove them first"):
+        attach(model, config).merge()
+
+
 def test_saving_leaves_nothing_of_the_adapter_that_was_in_the_folder(tmp_path):
     attach(small_model("llama_gqa"), PTuning(num_virtual_tokens=3)).save(tmp_path)
     attach(small_model("llama_gqa"), LoRA()).save(tmp_path)

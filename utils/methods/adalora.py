@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from utils.methods import settings
-from utils.methods.layers import is_conv1d, linear_shape, plain_weight
+from utils.methods.layers import is_conv1d, linear_shape, mergeable_weight
 from utils.methods.lora import NOT_PLAIN, LoRA, LoRALinear
 from utils.methods.parts import Wrapper, core_of
 from utils.targeting import all_used, chosen_biases, is_linear, pattern_value, wrap_targets
@@ -156,9 +156,7 @@ class AdaLoRALinear(LoRALinear):
         return self.low_rank_output(x, self.E * self.A, self.B)  # E on the small side: (r, d_in) numbers
 
     def merged_tensors(self):
-        weight = plain_weight(self.core)
-        if weight is None:
-            raise ValueError(f"a {type(self.core).__name__} cannot take an update into its weight: dequantize it first")
+        weight = mergeable_weight(self.core)
         update = adalora_delta(self.A.float(), self.E.float(), self.B.float(), self.alpha, self.r_init)
         merged = (weight.float() + update).to(weight.dtype)
         return {"weight": merged.T.contiguous() if is_conv1d(self.core) else merged}

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.methods import settings
-from utils.methods.layers import is_conv1d, linear_shape, plain_weight
+from utils.methods.layers import is_conv1d, linear_shape, mergeable_weight
 from utils.methods.parts import Wrapper, core_of
 from utils.targeting import match_targets, matches, used_names, wrap_targets
 
@@ -92,9 +92,7 @@ class IA3Linear(Wrapper):
         return self.inner(ia3_scale(x, l)) if self.feedforward else ia3_scale(self.inner(x), l)
 
     def merged_tensors(self):
-        weight = plain_weight(self.core)
-        if weight is None:
-            raise ValueError(f"a {type(self.core).__name__} cannot take a scale into its weight: dequantize it first")
+        weight = mergeable_weight(self.core)
         weight, bias = ia3_merge(weight, self.core.bias, self.whole().flatten(), self.feedforward)
         merged = {"weight": weight.T.contiguous() if is_conv1d(self.core) else weight}
         return merged if bias is None or self.feedforward else merged | {"bias": bias}

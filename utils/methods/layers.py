@@ -30,3 +30,13 @@ def plain_weight(layer):
     if type(layer) is nn.Linear:
         return layer.weight
     return layer.weight.T if is_conv1d(layer) else None
+
+
+def mergeable_weight(layer):
+    """`plain_weight`, or ValueError with the reason why there is none to merge into."""
+    weight = plain_weight(layer)
+    if weight is None and (type(layer) is nn.Linear or is_conv1d(layer)):
+        raise ValueError(f"this {type(layer).__name__} has hooks, which would see another output: remove them first")
+    if weight is None:
+        raise ValueError(f"a {type(layer).__name__} cannot take an update into its weight: dequantize it first")
+    return weight

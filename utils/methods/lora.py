@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.methods import settings
-from utils.methods.layers import is_conv1d, linear_shape, plain_weight
+from utils.methods.layers import is_conv1d, linear_shape, mergeable_weight, plain_weight
 from utils.methods.parts import Wrapper, core_of
 from utils.targeting import all_used, chosen_biases, pattern_value, wrap_targets
 
@@ -211,9 +211,7 @@ class LoRALinear(Wrapper):
 
     def merged_tensors(self):
         """The core's weight with the update in it, stored as the core stores it."""
-        weight = plain_weight(self.core)
-        if weight is None:
-            raise ValueError(f"a {type(self.core).__name__} cannot take an update into its weight: dequantize it first")
+        weight = mergeable_weight(self.core)
         merged = lora_merge(weight, self.A, self.B, self.scale * self.r)
         return {"weight": merged.T.contiguous() if is_conv1d(self.core) else merged}
 
