@@ -14,14 +14,13 @@ from utils.memory.activations import (
     LINEAR,
     Needs,
     Run,
-    activations,
     attention,
     attention_kept,
     block_kept,
     checkpoint_kept,
     everything,
-    llama_block,
 )
+from utils.memory.blocks import activations, llama_block
 from utils.memory.instruments import LiveBytes
 from utils.memory.shapes import shape_of
 

@@ -23,7 +23,8 @@ from utils import (
     attach,
 )
 from utils.measure import saved_bytes
-from utils.memory.activations import Activation, Block, Run, activations
+from utils.memory.activations import Run
+from utils.memory.blocks import Activation, Block, activations
 from utils.memory.estimate import estimate, needs_of
 from utils.memory.methods import lora
 from utils.memory.shapes import shape_of

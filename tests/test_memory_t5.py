@@ -10,7 +10,8 @@ from test_memory_activations import GPT2, OPT, SIZES, TOKENS, loss_of, make, of_
 from utils import IA3, DoRA, HoulsbyAdapter, LoRA, ParallelAdapter, PfeifferAdapter, PrefixTuning, PromptTuning, attach
 from utils.architectures import known
 from utils.measure import saved_bytes
-from utils.memory.activations import Run, activations, checkpointed
+from utils.memory.activations import Run
+from utils.memory.blocks import activations, checkpointed
 from utils.memory.estimate import estimate, generation, needs_of
 from utils.memory.instruments import LiveBytes
 from utils.memory.shapes import shape_of

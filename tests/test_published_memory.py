@@ -12,7 +12,8 @@ from transformers import BitsAndBytesConfig
 from utils import IA3, LoRA, PrefixTuning, attach
 from utils.architectures import architecture
 from utils.attach import count_parameters
-from utils.memory.activations import BLOCKS, Run, everything
+from utils.memory.activations import Run, everything
+from utils.memory.blocks import BLOCKS
 from utils.memory.counts import gpt2_parameters, llama_parameters, parameters_of, t5_parameters
 from utils.memory.shapes import Shape
 from utils.memory.states import RECIPES, model_states

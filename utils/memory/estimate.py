@@ -21,18 +21,8 @@ from torch import nn
 
 from utils.architectures import architecture
 from utils.attach import adapters, attach, count_parameters
-from utils.memory.activations import (
-    BLOCKS,
-    LINEAR,
-    NORMS,
-    Activation,
-    Needs,
-    Run,
-    activations,
-    checkpointed,
-    loss_peak,
-    t5_block,
-)
+from utils.memory.activations import LINEAR, NORMS, Needs, Run, loss_peak
+from utils.memory.blocks import BLOCKS, Activation, activations, checkpointed, t5_block
 from utils.memory.methods import prompt_network
 from utils.memory.shapes import Shape, shape_of
 from utils.memory.states import RECIPES, kv_cache, model_states, nf4_bytes, shard

@@ -19,7 +19,7 @@ adapters 894,528, the LoRAs 294,912 and the gates 36,912: 1,410,672, or 1.3 %.
 The mean, the authors' and AdapterHub's, runs over all positions of the batch; two answers differ here:
     padding      is left out of the mean. There, how far a batch is padded changes the output of its texts
     generation   the gates of a text are those of its first pass, the prompt's, and stay with the cache. There, each
-                 step has the gate of its one new token
+                 step has the gate of its one new token. A prompt that is read in pieces has the first piece's gates
 A gate looks at the whole text: in the training of a language model, at tokens that are still to be predicted. In BERT,
 which the paper begins with, there are none. GPT-2's q, k and v are one matrix: the LoRA is on all of it, with a gate
 for each of the three. Encoder-decoders get LoRA and prefix in self-attention, see mam.py.
