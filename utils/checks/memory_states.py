@@ -9,7 +9,7 @@ from utils.memory.states import RECIPES, Recipe
 
 def states_cases(rng):
     trained, frozen = pick(rng, 700, 1100, 1300), pick(rng, 5000, 8000)
-    own = Recipe(2, 3, 4, pick(rng, 10, 12), 1, 2, "made up, so that no two numbers agree")
+    own = Recipe(2, 3, 4, pick(rng, 10, 12), 1, 2, 0, "made up, so that no two numbers agree")
     drawn = [(trained, 0, RECIPES["bf16 + master"]), (trained, 0, RECIPES["autocast"]), (trained, 0, RECIPES["SGD"]),
              (trained, frozen, RECIPES["adapters in fp32"]), (trained, frozen, RECIPES["8-bit Adam"]),
              (trained, frozen, own)]  # fmt: skip
@@ -59,6 +59,23 @@ def all_is_trained(trained, frozen, recipe):
     return states_by_loop(trained + frozen, 0, recipe)
 
 
+def master_in_optimizer(trained, frozen, recipe):
+    terms = states_by_loop(trained, frozen, recipe)
+    return terms | {"optimizer": terms["optimizer"] + terms.pop("master copy")}
+
+
+def in_units(terms, unit):
+    return {name: size / unit for name, size in terms.items()}
+
+
+IN_OPTIMIZER = (
+    'You counted the master copy under "optimizer", as the ZeRO paper does. Here it is a term of its own, "master copy".'
+)
+WHOLE = (
+    "You made whole numbers of the bytes. Leave the fractions: 8-bit moments have one scale for 256 numbers, {moments} "
+    "bytes each on average."
+)
+
 MODEL_STATES = Exercise(
     name="model_states",
     reference=states.model_states,
@@ -72,6 +89,22 @@ MODEL_STATES = Exercise(
         Mistake("master_in_weights", with_terms(
                 weights=lambda t, f, recipe: t * (recipe.weight + recipe.master), master=lambda t, f, recipe: 0),
                 'You counted the master copy among the trained weights. It is a term of its own, "master copy".'),
+        Mistake("master_in_optimizer", with_terms(
+                optimizer=lambda t, f, recipe: t * (recipe.moments + recipe.master), master=lambda t, f, recipe: 0),
+                IN_OPTIMIZER),
+        Mistake("no_term_for_the_master", master_in_optimizer, IN_OPTIMIZER),
+        Mistake("master_twice", with_terms(optimizer=lambda t, f, recipe: t * (recipe.moments + recipe.master)),
+                'You counted the master copy twice: under "master copy", and once more under "optimizer".'),
+        Mistake("gradient_and_master_swapped", with_terms(
+                gradients=lambda t, f, recipe: t * recipe.master, master=lambda t, f, recipe: t * recipe.gradient),
+                "Gradients and master copy are swapped: recipe.gradient is what backward leaves on a weight, "
+                "recipe.master the second copy of the weight."),
+        Mistake("gigabytes", lambda *inputs: in_units(states_by_loop(*inputs), 1e9),
+                "Those are GB. Return bytes; `units` turns them into GB and GiB."),
+        Mistake("gibibytes", lambda *inputs: in_units(states_by_loop(*inputs), 2**30),
+                "Those are GiB. Return bytes; `units` turns them into GB and GiB."),
+        Mistake("whole", lambda *inputs: {k: int(v) for k, v in states_by_loop(*inputs).items()}, WHOLE),
+        Mistake("rounded", lambda *inputs: {k: round(v) for k, v in states_by_loop(*inputs).items()}, WHOLE),
         Mistake("master_of_frozen", with_terms(master=lambda t, f, recipe: (t + f) * recipe.master),
                 "Your frozen weights have a master copy. A copy is there to be updated: trained numbers alone have "
                 "one."),

@@ -6,7 +6,7 @@
         loss             the kept activations, and two float32 tensors of n vocab numbers that the loss works with
         last block       the kept activations, the head's gradient, and what the backward pass of one block works with
         first block      the gradients of everything above it, what it keeps, and what it works with
-        optimizer step   all gradients, and one temporary tensor for each of them (AdamW's lists, `foreach`)
+        optimizer step   all gradients, and one temporary tensor for each tensor that AdamW updates
 
 States are here what stays from step to step: weights, master copies, moments. Between the last and the first block the
 kept activations shrink as the gradients grow, evenly, so one of the two ends is larger than all between.
@@ -153,7 +153,7 @@ def predict(facts, recipe=None, batch=1, length=512, attention="sdpa", checkpoin
         "loss": so_far + kept.total + logits,
         "last block": (so_far or of_head * trains_head) + kept.total - head + work + last * again_last,
         "first block": (so_far or above_first) + first + work + costs.e * run.n * shape.d * again_first,
-        "optimizer step": gradients + costs.weight * (trained / devices if stage else trained),
+        "optimizer step": gradients + costs.temporary * (trained / devices if stage else trained),
     }
     title = f"{facts.name}, {recipe}, batch {batch}, {length} tokens"
     return Estimate(states, gradients, dict(kept.terms), moments, trained, total, title)

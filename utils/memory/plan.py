@@ -41,9 +41,9 @@ class Way:
 
 WAYS = (
     Way("full, float32 master", "bf16 + master", None, "all weights, no compromise"),
-    Way("full, 8-bit Adam", "8-bit Adam", None, "all weights; updates below bf16's steps are lost"),
-    Way("LoRA r=16", "adapters in fp32", ADAPTER, "one small file per task; the base stays as it is"),
-    Way("QLoRA r=16", "adapters in fp32", ADAPTER, "the base in 4 bits: slower steps, a slightly worse base", True),
+    Way("full, 8-bit Adam", "8-bit Adam", None, "all weights; small updates are lost"),
+    Way("LoRA r=16", "adapters in fp32", ADAPTER, "one small file per task"),
+    Way("QLoRA r=16", "adapters in fp32", ADAPTER, "slower steps, a slightly worse base", True),
 )
 
 
@@ -60,11 +60,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer. rows: in the order of the goal   room: bytes that a step may take   note: what else to know, or ''"""
+    """The answer. rows: in the order of the goal   room: bytes that a step may take   note: what else to know, or ''
+
+    largest: no larger batch was tried
+    """
 
     title: str
     room: float
     rows: tuple
+    largest: int
     note: str = ""
 
     @property
@@ -76,7 +80,7 @@ class Plan:
         lines = [f"{self.title}: {self.room / 2**30:.1f} GiB for a step",
                  f"{'way':<24}{'checkpointing':<15}{'batch':>6}{'GiB':>8}   remark"]  # fmt: skip
         for row in self.rows:
-            batch = row.batch or "-"
+            batch = "-" if not row.batch else f"{row.batch}+" if row.batch == self.largest else row.batch
             remark = row.way.why if row.batch else f"does not fit; next: {row.remedy}"
             again = "yes" if row.checkpointing else "no"
             lines.append(f"{row.way.name:<24}{again:<15}{batch:>6}{row.peak / 2**30:>8.1f}   {remark}")
@@ -146,7 +150,7 @@ def plan(model, gpu, *, length=1024, goal="quality", accumulate_to=16):
     if goal == "tasks":
         rows.sort(key=lambda row: row.way.method is None)
     title = f"{model if isinstance(model, str) else type(base).__name__}, {length} tokens, on a {name}"
-    return Plan(title, room, tuple(rows), "" if gpus()[name]["bf16"] else NO_BF16)
+    return Plan(title, room, tuple(rows), accumulate_to, "" if gpus()[name]["bf16"] else NO_BF16)
 
 
 def try_way(facts, way, checkpointing, room, length, largest):
@@ -177,17 +181,17 @@ def next_remedy(way, checkpointing, estimate, room):
     """
     states = sum(estimate.states.values()) + estimate.gradients
     if states <= room and not checkpointing:
-        return "gradient checkpointing, for about a third more time"
+        return "gradient checkpointing"
     if states <= room and max(estimate.moments, key=estimate.moments.get) == "loss":
-        return "a loss computed in chunks of tokens, or shorter rows"
+        return "the loss in chunks, or shorter rows"
     if states <= room and estimate.moments["optimizer step"] + states - estimate.gradients > room:
-        return "an optimizer without foreach=True, whose temporaries are as large as the weights"
+        return "AdamW(foreach=False)"
     if states <= room:
         return "shorter rows"
     if way.method is None and way.recipe != "8-bit Adam":
-        return "moments in 8 bits, or an adapter instead of all weights"
+        return "8-bit moments, or an adapter"
     if way.method is None:
-        return "an adapter: gradients and moments for a small part of the weights"
+        return "an adapter"
     if not way.quantized:
         return "the base in 4 bits (QLoRA)"
-    return "several GPUs with sharding (FSDP), or a smaller base"
+    return "FSDP, or a smaller base"

@@ -18,6 +18,8 @@ class Recipe:
     weight     the weight that the forward pass multiplies       gradient   what backward leaves on it
     master     a second copy of the weight, in float32           moments    of the optimizer: two for Adam
     frozen     bytes of a frozen number                          e          bytes of an activation
+    temporary  what AdamW's step works with: one more tensor like each one it updates (its lists, `foreach`), which is
+               the master copy where there is one; bitsandbytes updates in one kernel and SGD in place, without any
     why        the recipe in words
     """
 
@@ -27,6 +29,7 @@ class Recipe:
     moments: float
     frozen: float
     e: int
+    temporary: float
     why: str
 
     @property
@@ -36,15 +39,15 @@ class Recipe:
 
 
 RECIPES = {
-    "fp32": Recipe(4, 4, 0, 8, 4, 4, "everything in float32"),
-    "autocast": Recipe(4, 4, 0, 8, 4, 2, "float32 weights, which autocast casts for each product"),
-    "bf16 + master": Recipe(2, 2, 4, 8, 2, 2, "bf16 weights and gradients, the rest float32 (ZeRO's 2 + 2 + 12)"),
-    "bf16 + master, fp32 gradients": Recipe(2, 4, 4, 8, 2, 2, "the same with gradients summed in float32 (Megatron)"),
-    "pure bf16": Recipe(2, 2, 0, 4, 2, 2, "everything in bf16: small updates are lost in rounding"),
-    "bf16, fp32 moments": Recipe(2, 2, 0, 8, 2, 2, "bf16 weights without a copy, float32 moments"),
-    "8-bit Adam": Recipe(2, 2, 0, 2 * EIGHT_BIT_MOMENT, 2, 2, "bf16 weights, moments in 8 bits with a scale per 256"),
-    "adapters in fp32": Recipe(4, 4, 0, 8, 2, 2, "float32 adapters over a frozen bf16 base: PEFT's and ours"),
-    "SGD": Recipe(4, 4, 0, 0, 4, 4, "float32 without momentum"),
+    "fp32": Recipe(4, 4, 0, 8, 4, 4, 4, "everything in float32"),
+    "autocast": Recipe(4, 4, 0, 8, 4, 2, 4, "float32 weights, which autocast casts for each product"),
+    "bf16 + master": Recipe(2, 2, 4, 8, 2, 2, 4, "bf16 weights and gradients, the rest float32 (ZeRO's 2 + 2 + 12)"),
+    "bf16 + master, fp32 gradients": Recipe(2, 4, 4, 8, 2, 2, 4, "the same, gradients summed in float32 (Megatron)"),
+    "pure bf16": Recipe(2, 2, 0, 4, 2, 2, 2, "everything in bf16: small updates are lost in rounding"),
+    "bf16, fp32 moments": Recipe(2, 2, 0, 8, 2, 2, 2, "bf16 weights without a copy, float32 moments"),
+    "8-bit Adam": Recipe(2, 2, 0, 2 * EIGHT_BIT_MOMENT, 2, 2, 0, "bf16 weights, 8-bit moments with a scale per 256"),
+    "adapters in fp32": Recipe(4, 4, 0, 8, 2, 2, 4, "float32 adapters over a frozen bf16 base: PEFT's and ours"),
+    "SGD": Recipe(4, 4, 0, 0, 4, 4, 0, "float32 without momentum"),
 }
 
 
@@ -67,7 +70,8 @@ def model_states(trained, frozen, recipe):
     """Bytes by term for so many trained and frozen numbers.
 
     trained, frozen: how many numbers, ints   recipe: a Recipe
-    returns a dict of "weights, frozen", "weights, trained", "master copy", "gradients" and "optimizer"
+    returns a dict of "weights, frozen", "weights, trained", "master copy", "gradients" and "optimizer". Bytes may be
+    fractions, as 8-bit moments have one scale for 256 numbers: they are not rounded.
     """
     return {
         "weights, frozen": frozen * recipe.frozen,
@@ -89,7 +93,8 @@ STAGES = {  # what each stage of ZeRO spreads over the devices
 def shard(terms, devices, stage):
     """The same terms per device under ZeRO stage 0 to 3 (3 is FSDP's full sharding), Rajbhandari et al. 2019.
 
-    terms: name -> bytes, as from `model_states`   devices: how many, int   returns a new dict with the same names
+    terms: name -> bytes, as from `model_states`; other names may occur, such as "activations", and stay whole
+    devices: how many, int   returns a new dict with the same names
     Stage 1 spreads "optimizer" and "master copy" evenly over the devices, stage 2 the "gradients" too, stage 3 also
     every term of "weights, ...". Whatever a stage does not spread is whole on each device.
     What stage 3 gathers to compute one block is not in it.   raises ValueError for another stage
