@@ -12,7 +12,7 @@ def adamw_update(p, grad, m, v, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weig
     m' = m / (1 - beta1^step), v' = v / (1 - beta2^step): without them the first steps would be too small
 
     p, grad, m, v: tensors of one shape   step: counts from 1
-    returns the new p, m and v; the arguments stay as they are
+    returns the new p, m and v, in the arguments' dtype; the arguments stay as they are
     """
     m = beta1 * m + (1 - beta1) * grad
     v = beta2 * v + (1 - beta2) * grad**2

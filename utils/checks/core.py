@@ -87,7 +87,8 @@ class Exercise:
     grads         inputs whose gradient must be right, the most telling first
     base          (*inputs) -> the part of the output that is not the update; ratios are then taken of the update
     kinds         kind -> the sentence for an attempt that fails for that kind of case only
-    explain       key of a findings dict, or words of an error message -> the sentence to add
+    explain       key of a findings dict, or words of an error message -> the sentence to add; "None" -> the one for a
+                  None where it is no answer
     tolerance     relative to the largest entry; None: by dtype      agrees: (want, got) -> bool, to replace it
     """
 

@@ -49,6 +49,14 @@ UNITS = Exercise(
                 "You multiplied by the unit. How many of them size makes is a division."),
         Mistake("whole", lambda size: (size // 10**9, size // 2**30),
                 "// drops the fraction: half a GB is where a model fits or does not. Use /."),
+        Mistake("xor", lambda size: (size / (10 ^ 9), size / (2 ^ 30)),
+                "^ is XOR in Python: 10 ^ 9 is 3, and 2 ^ 30 is 28. Powers are written 10**9 and 2**30."),
+        Mistake("xor_of_a_quotient", lambda size: (size / 10 ^ 9, size / 2 ^ 30), None,
+                "TypeError: unsupported operand type(s) for ^: 'float' and 'int'. ^ is XOR in Python"),
+        Mistake("gibi_is_smaller", lambda size: (size / 1e9, size / 1e9 * (2**30 / 1e9)),
+                "Your GB are right, and your GiB are GB times 1.074. A GiB is the larger unit, so fewer of them make "
+                "size: divide by 1.074, or by 2^30 from the start."),
+        Mistake("rough", lambda size: (size / 1e9, size / 1.074e9), None, "your second value is "),
         Mistake("rounded", lambda size: (round(size / 1e9, 2), round(size / 2**30, 2)),
                 "You rounded. Keep all digits here, and round where you print."),
         Mistake("GB_alone", lambda size: size / 1e9, None, "a float, and a tuple of 2 is expected"),
@@ -59,6 +67,7 @@ UNITS = Exercise(
         lambda size: [size * 1e-9, size / (1 << 30)],
         lambda size: tuple(size / unit for unit in (10**9, 2**30)),
     ),
+    explain={"for ^": "^ is XOR in Python; powers are written 10**9 and 2**30."},
     fact=f"They differ by {100 * (2**30 / 1e9 - 1):.1f} %: what is 80 GiB to one tool is {80 * 2**30 / 1e9:.1f} GB to "
     "another.",
 )
@@ -122,6 +131,16 @@ def per_head(vocab, d, d_ff, layers, heads, kv_heads, tied=False):
     return total
 
 
+def more(rule):
+    """A llama_parameters that counts rule(d, d_ff, width of k and v) numbers too many in each block."""
+
+    def llama_parameters(vocab, d, d_ff, layers, heads, kv_heads, tied=False):
+        extra = layers * rule(d, d_ff, d // heads * kv_heads)
+        return by_shapes(vocab, d, d_ff, layers, heads, kv_heads, tied) + extra
+
+    return llama_parameters
+
+
 def four_d(vocab, d, d_ff, layers, heads, kv_heads, tied=False):
     return counting()(vocab, d, 4 * d, layers, heads, kv_heads, tied)
 
@@ -173,6 +192,16 @@ LLAMA_PARAMETERS = Exercise(
                 "tied is taken the wrong way round: tied=True means one vocab x d matrix, tied=False two."),
         Mistake("biases", counting(biases=1),
                 "You counted biases for the attention layers. Llama has none (Qwen2 has them for q, k and v)."),
+        Mistake("all_biases", more(lambda d, d_ff, kv: 3 * d + 2 * kv + 2 * d_ff),
+                "You counted a bias for every linear layer. Llama has none."),
+        Mistake("qkv_biases", more(lambda d, d_ff, kv: d + 2 * kv),
+                "You counted biases for q, k and v. Qwen2 has them, Llama has none."),
+        Mistake("last_norm_in_every_block", counting(norms=3, last=0),
+                "You counted three norms per block. A block has two; the third follows the last block, once in the "
+                "model."),
+        Mistake("last_norm_too", counting(norms=3),
+                "You counted three norms per block. A block has two: before attention, and before the feed-forward "
+                "part."),
         Mistake("four_d", four_d, "You took 4 d for the feed-forward width. Here it is the argument d_ff."),
         Mistake("only_one_block", only_one_block, "You counted one block. There are {layers} of them."),
         Mistake("float", true_division, None, "a float, and an int is expected"),

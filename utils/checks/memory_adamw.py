@@ -10,19 +10,30 @@ from utils.optimizers import adamw_update
 
 
 def cases(rng):
-    """Large rates and decays, so that no two formulas agree within the tolerance. eps matters in the last case."""
+    """Large rates and decays, so that no two formulas agree within the tolerance.
+
+    In the first case a number never had a gradient, and eps is all that its step is divided by.
+    """
+    tiny = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.2}
     found = []
-    for shape, step, settings, later in (
-        ((4, 3), 1, {}, False),
-        ((7,), pick(rng, 2, 3), {"beta1": 0.8, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.2}, False),
-        ((2, 3, 2), pick(rng, 9, 20), {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.3}, False),
-        ((5, 2), pick(rng, 4, 6), {"beta1": 0.7, "beta2": 0.9, "eps": pick(rng, 0.1, 0.2), "weight_decay": 0.1}, True),
-    ):
+    for shape, step, settings, kind in (
+        ((4, 3), 1, {}, ""),
+        ((7,), pick(rng, 2, 3), tiny, ""),
+        ((2, 3, 2), pick(rng, 9, 20), {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.3}, ""),
+        ((5, 2), pick(rng, 4, 6), {"beta1": 0.7, "beta2": 0.9, "eps": pick(rng, 0.1, 0.2), "weight_decay": 0.1},
+         "epsilon"),
+        ((6,), 5, tiny, "bf16"),
+    ):  # fmt: skip
         p, grad = normal(rng, *shape), normal(rng, *shape)
         m = normal(rng, *shape, std=0.3) if step > 1 else torch.zeros(shape)
         v = normal(rng, *shape) ** 2 if step > 1 else torch.zeros(shape)
-        inputs = {"p": p, "grad": grad, "m": m, "v": v, "step": step, "lr": pick(rng, 0.2, 0.3)} | settings
-        found.append(Case(inputs, ("epsilon",) if later else (), {"step": step}, later=later))
+        if step == 1:
+            grad[0] = 0
+        tensors = {"p": p, "grad": grad, "m": m, "v": v + 0.5 if kind == "bf16" else v}
+        if kind == "bf16":
+            tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        inputs = tensors | {"step": step, "lr": pick(rng, 0.2, 0.3)} | settings
+        found.append(Case(inputs, (kind,) if kind else (), {"step": step}, later=bool(kind)))
     return found
 
 
@@ -97,6 +108,47 @@ def parameter_in_place(p, grad, m, v, step, lr, beta1=0.9, beta2=0.999, eps=1e-8
     return p.copy_(new), m, v
 
 
+def in_float32(p, grad, m, v, *settings):
+    return adamw_update(p.float(), grad.float(), m.float(), v.float(), *settings)
+
+
+def with_settings(**fixed):
+    """An adamw_update that does not look at some of its settings."""
+
+    def update(p, grad, m, v, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01):
+        settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay} | fixed
+        return adamw_update(p, grad, m, v, step, lr, **settings)
+
+    return update
+
+
+def powerless(p, grad, m, v, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01):
+    m, v = beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2
+    return p - lr * weight_decay * p - lr * m / (1 - beta1) / ((v / (1 - beta2)).sqrt() + eps), m, v
+
+
+def times_step(p, grad, m, v, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01):
+    m, v = beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2
+    m_hat, v_hat = m / (1 - beta1 * step), v / (1 - beta2 * step)
+    return p - lr * weight_decay * p - lr * m_hat / (v_hat.sqrt() + eps), m, v
+
+
+def signed(m, v, grad, beta1, beta2):
+    return beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad
+
+
+def old_m_whole(m, v, grad, beta1, beta2):
+    return m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2
+
+
+def old_v_whole(m, v, grad, beta1, beta2):
+    return beta1 * m + (1 - beta1) * grad, v + (1 - beta2) * grad**2
+
+
+def old_whole(m, v, grad, beta1, beta2):
+    return m + (1 - beta1) * grad, v + (1 - beta2) * grad**2
+
+
 def betas_swapped(m, v, grad, beta1, beta2):
     return beta2 * m + (1 - beta2) * grad, beta1 * v + (1 - beta1) * grad**2
 
@@ -137,7 +189,14 @@ ADAMW_UPDATE = Exercise(
                 "them again: return m and v."),
         Mistake("step_from_zero", adamw(shift=1),
                 "You raised the betas to step + 1. step counts from 1 already."),
-        Mistake("step_before", adamw(shift=-1), None, "holds NaN"),
+        Mistake("step_before", adamw(shift=-1),
+                "You raised the betas to step - 1. step counts from 1: in the first step you divide by 1 - beta^0, "
+                "which is zero."),
+        Mistake("powerless", powerless,
+                "The power is missing in the bias correction: divide by 1 - beta^step, not by 1 - beta. The two agree "
+                "in the first step alone."),
+        Mistake("times_step", times_step,
+                "You multiplied the betas by step in the bias correction. It is a power: 1 - beta^step."),
         Mistake("L2", L2_in_the_gradient,
                 "You added weight_decay * p to the gradient. That is L2 regularisation in Adam: the moments then "
                 "divide the decay away where gradients are large. AdamW shrinks p itself."),
@@ -152,6 +211,15 @@ ADAMW_UPDATE = Exercise(
         Mistake("no_root", adamw(root=lambda v: v),
                 "The square root of v' is missing. v' has the size of a squared gradient, and m' that of a gradient."),
         Mistake("not_squared", adamw(square=False), "v is a mean of squares; you did not square the gradient."),
+        Mistake("signed", adamw(averages=signed),
+                "v is a mean of squares; you did not square the gradient. The root of a negative v is NaN."),
+        Mistake("old_m_whole", adamw(averages=old_m_whole),
+                "The old m is kept whole. Its weight is beta1, so that old and new add up to one."),
+        Mistake("old_v_whole", adamw(averages=old_v_whole),
+                "The old v is kept whole. Its weight is beta2, so that old and new add up to one."),
+        Mistake("old_whole", adamw(averages=old_whole),
+                "The old m and v are kept whole. Their weights are beta1 and beta2, so that old and new add up to "
+                "one."),
         Mistake("square_of_mean", adamw(averages=square_of_mean),
                 "Your v averages m squared. It averages the squares of the gradients themselves."),
         Mistake("betas_swapped", adamw(averages=betas_swapped),
@@ -164,6 +232,12 @@ ADAMW_UPDATE = Exercise(
                 "The old m and v have no part in the new ones. They are what the optimizer remembers."),
         Mistake("no_eps", adamw(eps="none"),
                 "eps is missing in the denominator. Without it a number that never had a gradient is divided by zero."),
+        Mistake("fixed_eps", with_settings(eps=1e-8), "You wrote 1e-8. Use the argument eps: it may be another number."),
+        Mistake("fixed_beta1", with_settings(beta1=0.9), "You wrote 0.9. Use the argument beta1."),
+        Mistake("fixed_beta2", with_settings(beta2=0.999), "You wrote 0.999. Use the argument beta2."),
+        Mistake("fixed_betas", with_settings(beta1=0.9, beta2=0.999),
+                "You wrote 0.9 and 0.999. Use the arguments beta1 and beta2."),
+        Mistake("fixed_decay", with_settings(weight_decay=0.01), "You wrote 0.01. Use the argument weight_decay."),
         Mistake("eps_inside", adamw(eps="inside"),
                 "Your eps stands inside the root. Outside, eps is the smallest denominator; inside, its root is."),
         Mistake("eps_before", adamw(eps="before"),
@@ -174,6 +248,9 @@ ADAMW_UPDATE = Exercise(
                 "a Tensor, and a tuple of 3 is expected"),
         Mistake("order", adamw(returned=lambda p, m, v, m_hat, v_hat: (p, v, m)),
                 "m and v are returned in the wrong order: p, m, v."),
+        Mistake("parameter_last", adamw(returned=lambda p, m, v, m_hat, v_hat: (m, v, p)),
+                "You returned m, v and p. The order is p, m, v."),
+        Mistake("in_float32", in_float32, None, "wrong dtype: p is bfloat16, you returned float32"),
         Mistake("first_step_only", adamw(averages=unmoved, first=1, second=1, decay="none"), None,
                 "The first returned value"),
     ),

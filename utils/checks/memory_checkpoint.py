@@ -15,6 +15,7 @@ def checkpoint_cases(rng):
         ((12, block, boundary, 4), ()),
         ((32, block, boundary, pick(rng, 5, 6, 7)), ("remainder",)),
         ((10, boundary, block, 3), ("remainder",)),
+        ((11, block, boundary, 3), ("remainder",)),
         ((pick(rng, 6, 8), block, boundary, pick(rng, 10, 50)), ("beyond",)),
     ]
     names = ("layers", "block", "boundary", "every")
@@ -32,6 +33,10 @@ def checkpointed(segments=lambda layers, every: -(-layers // every), open_blocks
         return segments(layers, every) * boundary + open_blocks(every, layers) * block + plus * boundary
 
     return checkpoint_kept
+
+
+def round_nearest(layers, every):
+    return round(layers / every)
 
 
 def checkpoints_by_walk(layers, block, boundary, every=1):
@@ -55,6 +60,12 @@ CHECKPOINT_KEPT = Exercise(
                 "You rounded the number of segments down. The last, shorter segment has a boundary too: round up."),
         Mistake("floor_to_zero", checkpointed(segments=lambda layers, every: layers // every),
                 "You rounded the number of segments down. The last, shorter segment has a boundary too: round up."),
+        Mistake("nearest", checkpointed(segments=round_nearest),
+                "round() takes the nearest whole number, up or down. The last, shorter segment has a boundary too, "
+                "however short: round up always."),
+        Mistake("nearest_not_zero", checkpointed(segments=lambda layers, every: max(1, round_nearest(layers, every))),
+                "round() takes the nearest whole number, up or down. The last, shorter segment has a boundary too, "
+                "however short: round up always."),
         Mistake("fraction", checkpointed(segments=lambda layers, every: layers / every),
                 "Your number of segments is a fraction. The last, shorter segment has a whole boundary: round up."),
         Mistake("one_too_many", checkpointed(segments=lambda layers, every: layers // every + 1),
@@ -74,6 +85,12 @@ CHECKPOINT_KEPT = Exercise(
                 "You kept one boundary. All segments' inputs are kept until their backward pass comes."),
         Mistake("output_too", checkpointed(plus=1),
                 "You kept one boundary more, after the last block. That is the input of no segment."),
+        Mistake("one_short", checkpointed(plus=-1),
+                "You are one boundary short. The first segment is computed again too: its input, the output of the "
+                "embedding, is kept like the others."),
+        Mistake("every_boundaries", checkpointed(segments=lambda layers, every: every),
+                "You kept `every` boundaries. `every` is how many blocks a segment has; there is one boundary for each "
+                "segment, and layers / every of those, rounded up."),
         Mistake("last_segment", checkpointed(open_blocks=lambda every, layers: layers % every or every),
                 "You opened the last segment, which may be shorter. Asked for is the most: a full segment."),
         Mistake("every_is_segments", checkpointed(segments=lambda layers, every: every,

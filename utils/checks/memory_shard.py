@@ -55,6 +55,8 @@ KV_CACHE = Exercise(
                 "batch is missing: each of the rows has read a text of its own."),
         Mistake("one_head", caching(lambda L, h, c, b, n, e: 2 * L * c * b * n * e),
                 "You counted one head. There are {kv_heads} for the keys, and as many for the values."),
+        Mistake("always_32_heads", caching(lambda L, h, c, b, n, e: 2 * L * 32 * c * b * n * e),
+                "You took 32 heads whatever the model. With grouped queries there are fewer: the argument kv_heads."),
         Mistake("no_width", caching(lambda L, h, c, b, n, e: 2 * L * h * b * n * e),
                 "head_dim is missing: a key is a vector of {head_dim} numbers."),
         Mistake("last_token", caching(lambda L, h, c, b, n, e: 2 * L * h * c * b * e),
@@ -71,7 +73,7 @@ KV_CACHE = Exercise(
                 "That is GiB. Return bytes; `units` turns them into GiB."),
         Mistake("bits", caching(lambda L, h, c, b, n, e: 16 * L * h * c * b * n * e), None, "exactly 8 times"),
         Mistake("a_string", caching(lambda L, h, c, b, n, e: f"{2 * L * h * c * b * n * e} bytes"), None,
-                "a str, and a float is expected"),
+                "a str, and a number is expected"),
     ),
     alternatives=(
         cache_by_loop,
@@ -98,8 +100,8 @@ def shard_cases(rng):
              {"devices": devices, "stage": stage})
         for terms, devices, stage in drawn
     ]
-    unknown = Case({"terms": part, "devices": 2, "stage": pick(rng, 4, 5)}, ("unknown",), later=True)
-    return [*cases, unknown]
+    unknown = (pick(rng, 4, 5), -1)
+    return cases + [Case({"terms": part, "devices": 2, "stage": s}, ("unknown",), later=True) for s in unknown]
 
 
 def sharding(stages, divide=lambda b, devices: b / devices, known=True):
@@ -164,8 +166,8 @@ SHARD = Exercise(
     tolerance=1e-9,
     mistakes=(
         Mistake("gradients_whole", gradients_stay_whole,
-                "The bug is still there: under stage 2 the gradients stay whole. Stage 2 is what spreads them; a "
-                "device keeps the gradients of the numbers that it updates."),
+                "The bug is still there: one stage is wrong. Print what the function returns for all four stages, and "
+                "follow one term at a time."),
         Mistake("weights_in_stage_2", sharding({1: ONE, 2: THREE, 3: THREE}),
                 "Under stage 2 you spread the weights as well. They are whole on every device until stage 3."),
         Mistake("weights_never", sharding({1: ONE, 2: TWO, 3: TWO}),
@@ -203,6 +205,12 @@ SHARD = Exercise(
                 "There is no such stage, and yours went through as if it spread nothing. Raise ValueError."),
         Mistake("four_like_three", lambda terms, devices, stage: states.shard(terms, devices, min(stage, 3)),
                 "There is no such stage, and yours went through as stage 3. Raise ValueError."),
+        Mistake("negative_accepted", lambda terms, devices, stage: states.shard(terms, devices, max(stage, 0)),
+                "There is no stage -1, and yours went through as if it spread nothing. Raise ValueError there too."),
+        Mistake("negative_index", lambda terms, devices, stage: states.shard(
+                terms, devices, 3 if stage == -1 else stage),
+                "There is no stage -1, and yours went through as stage 3: in a list -1 is the last place. Raise "
+                "ValueError."),
         Mistake("in_place", shard_in_place, None, "Your function changed terms"),
         Mistake("key_error", lambda terms, devices, stage: {
                 name: b / devices if name in states.STAGES[stage] else b for name, b in terms.items()}, None,

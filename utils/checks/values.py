@@ -1,11 +1,13 @@
 """What is different about a wrong value: type, shape, a factor and what it equals, a sign, an offset, a place."""
 
 import math
-from numbers import Number
+from numbers import Number, Real
 
 import torch
 
 from utils.checks.compare import close, largest, tensors
+
+ORDINAL = ("first", "second", "third")
 
 
 def about_value(exercise, bad):
@@ -13,7 +15,7 @@ def about_value(exercise, bad):
     pairs = [(c, w.value, o.value) for c, w, o in bad if w.error is None]
     case, want, out = pairs[0]
     if out is None:
-        return "It returned None. Is there a return statement on every path?"
+        return exercise.explain.get("None", "It returned None. Is there a return statement on every path?")
     if isinstance(want, dict):  # the findings of an exercise's own call
         if not isinstance(out, dict):
             return about_one(pairs)
@@ -30,7 +32,7 @@ def about_value(exercise, bad):
             return f"Yours returned {kind_of(out)}, and {kind_of(want)} is expected."
         i = next(i for i, w in enumerate(want) if not close(out[i], w, exercise.tolerance))
         pairs = [(c, w[i], o[i]) for c, w, o in pairs if isinstance(o, (list, tuple)) and not close(o[i], w[i])]
-        return f"The {('first', 'second', 'third')[i]} returned value: {about_one(pairs)}"
+        return f"The {ORDINAL[i]} returned value: {about_one(pairs)}"
     return about_one(pairs, exercise.base)
 
 
@@ -38,8 +40,12 @@ def about_one(pairs, base=None):
     """pairs: (case, wanted, got). base: see Exercise."""
     case, want, out = pairs[0]
     if not isinstance(out, type(want)) and not (isinstance(want, float) and isinstance(out, Number)):
-        return f"Yours returned {kind_of(out)}, and {kind_of(want)} is expected."
+        what = "a number" if isinstance(want, float) else kind_of(want)
+        return f"Yours returned {kind_of(out)}, and {what} is expected."
     if not isinstance(want, torch.Tensor):
+        if isinstance(want, tuple) and len(want) == len(out) <= 3 and all(isinstance(v, Real) for v in (*want, *out)):
+            i = next(i for i, (w, o) in enumerate(zip(want, out, strict=True)) if not close(o, w, 1e-9))
+            return f"With {described(case)}: your {ORDINAL[i]} value is {shown(out[i])}, expected {shown(want[i])}."
         if isinstance(want, (list, tuple)) and isinstance(out, (list, tuple)) and len(want) + len(out) > 3:
             return f"With {described(case)}: {about_list(want, out)}"
         ratio = about_factor(pairs, "answer") if isinstance(want, Number) and len(pairs) > 1 else None
@@ -130,8 +136,8 @@ def short(dtype):
 
 
 def shown(value):
-    """A count with commas in it, anything else as Python writes it."""
-    return f"{value:,.12g}" if isinstance(value, Number) and abs(value) >= 1000 else repr(value)
+    """A number with commas in it and without a .0, anything else as Python writes it."""
+    return f"{value:,.12g}" if isinstance(value, Real) and not isinstance(value, bool) else repr(value)
 
 
 def gap(want, out):
