@@ -1154,7 +1154,7 @@ def judge(claim, found, **parts):
     """Note, print and return a verdict. found: what came out, in words   parts: what was tested -> did it hold"""
     verdict = "true" if all(parts.values()) else "it depends" if any(parts.values()) else "false"
     verdicts.append((claim, found, verdict))
-    print(f"{verdict:9}{found}")
+    print(f"{verdict:12}{found}")
     return verdict
 
 # %% [markdown]
@@ -1552,8 +1552,8 @@ assert judge("above 10B: below 0.05 %", f"GPT-3, r = 1 on q and v: {gpt3:.4f} %;
 
 # %%
 for number, (claim, found, verdict) in enumerate(verdicts, 1):
-    print(f"{number:>2}  {verdict:8} {claim:42} {found}")
-tally = {word: sum(verdict == word for *_, verdict in verdicts) for word in ("agrees", "depends", "wrong")}
+    print(f"{number:>2}  {verdict:10} {claim:42} {found}")
+tally = {word: sum(verdict == word for *_, verdict in verdicts) for word in ("true", "it depends", "false")}
 print(tally)
 assert sum(tally.values()) == len(verdicts) == 35
 
