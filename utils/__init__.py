@@ -11,23 +11,9 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", categ
 
 # At once, not lazily: the function must win over the submodule of the same name.
 from utils.attach import Adapter, adapters, attach  # noqa: E402
+from utils.methods.registry import HOME as METHODS  # noqa: E402
 
-HOME = {
-    "LoRA": "utils.methods.lora",
-    "DoRA": "utils.methods.dora",
-    "AdaLoRA": "utils.methods.adalora",
-    "HoulsbyAdapter": "utils.methods.houlsby",
-    "PfeifferAdapter": "utils.methods.pfeiffer",
-    "ParallelAdapter": "utils.methods.parallel",
-    "LlamaAdapter": "utils.methods.llama_adapter",
-    "PromptTuning": "utils.methods.prompt",
-    "PTuning": "utils.methods.ptuning",
-    "PrefixTuning": "utils.methods.prefix",
-    "PTuningV2": "utils.methods.ptuning_v2",
-    "BitFit": "utils.methods.bitfit",
-    "IA3": "utils.methods.ia3",
-    "MAM": "utils.methods.mam",
-    "UniPELT": "utils.methods.unipelt",
+HOME = METHODS | {
     "lora_plus_groups": "utils.methods.lora_plus",
     "load_adapter": "utils.checkpoint",
     "load_base": "utils.models",
