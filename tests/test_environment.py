@@ -21,8 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 LIBRARY = [Requirement(text) for text in PROJECT["dependencies"]]
 TOOLS = [Requirement(text) for extra in PROJECT["optional-dependencies"].values() for text in extra]
 DIRECT = [need for need in LIBRARY + TOOLS if need.name != PROJECT["name"]]
-# psutil by accelerate: a range of our own would make Colab replace the one that it has loaded. triton by torch, where it
-# is built for CUDA: without it utils.kernels uses its references.
+# psutil by accelerate: a range of our own would make Colab replace the one that it has loaded. triton by torch, where
+# it is built for CUDA: without it utils.kernels uses its references.
 BROUGHT = {"psutil", "triton"}
 PINS = dict(
     line.split("==")
