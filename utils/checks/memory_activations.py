@@ -49,6 +49,41 @@ def always(kernel):
     )
 
 
+def sdpa_and(kept):
+    """An attention_kept whose eager is sdpa and so many bytes for each probability, of e."""
+
+    def attention_kept(n, length, heads, kv_heads, head_dim, e=2, kernel="sdpa"):
+        probabilities = n * length * heads * kept(e) if kernel == "eager" else 0
+        return activations.attention_kept(n, length, heads, kv_heads, head_dim, e) + probabilities
+
+    return attention_kept
+
+
+def row_sums_under_eager(n, length, heads, kv_heads, head_dim, e=2, kernel="sdpa"):
+    right = activations.attention_kept(n, length, heads, kv_heads, head_dim, e, kernel)
+    return right + (4 * n * heads if kernel == "eager" else 0)
+
+
+def kernels_swapped(n, length, heads, kv_heads, head_dim, e=2, kernel="sdpa"):
+    other = {"sdpa": "eager", "eager": "sdpa"}[kernel]
+    return activations.attention_kept(n, length, heads, kv_heads, head_dim, e, other)
+
+
+def no_return_under_eager(n, length, heads, kv_heads, head_dim, e=2, kernel="sdpa"):
+    if kernel == "sdpa":
+        return activations.attention_kept(n, length, heads, kv_heads, head_dim, e)
+
+
+SDPA_AND = (
+    "Under eager you added the probabilities to what sdpa keeps. Eager keeps the factors of its own two products "
+    "instead: q, k and v repeated to all heads, and the probabilities. It needs neither the output nor a sum per row."
+)
+CAUSAL = (
+    "Under eager you counted half of the probabilities. The masked half is there too: eager computes the whole square, "
+    "and the mask makes zeros of a half, which take as much memory."
+)
+
+
 def attention_by_tensors(n, length, heads, kv_heads, head_dim, e=2, kernel="sdpa"):
     if kernel == "eager":
         query = key = value = e * n * heads * head_dim
@@ -104,6 +139,20 @@ ATTENTION_KEPT = Exercise(
         Mistake("eager_output", attending(tensors=lambda n, q, kv, e: 4 * e * n * q),
                 "Under eager you kept the output. It is the result of a product, which keeps its two factors; whoever "
                 "reads the output keeps it (here o, as its input)."),
+        Mistake("sdpa_and_probabilities", sdpa_and(lambda e: 4 if e == 4 else 4 + e), SDPA_AND),
+        Mistake("sdpa_and_float32_probabilities", sdpa_and(lambda e: 4), SDPA_AND),
+        Mistake("sdpa_and_half_probabilities", sdpa_and(lambda e: e), SDPA_AND),
+        Mistake("causal", attending(squares=lambda n, length, h, e: n * length * h * (4 if e == 4 else 4 + e) / 2),
+                CAUSAL),
+        Mistake("causal_with_diagonal",
+                attending(squares=lambda n, length, h, e: n * (length + 1) / 2 * h * (4 if e == 4 else 4 + e)), CAUSAL),
+        Mistake("no_return_under_eager", no_return_under_eager,
+                'Right under sdpa, and with kernel="eager" yours returns None. Is there a return on that branch?'),
+        Mistake("row_sums_under_eager", row_sums_under_eager,
+                "Under eager you kept a sum for each row as well. sdpa keeps it to compute the probabilities anew; "
+                "eager has them."),
+        Mistake("kernels_swapped", kernels_swapped,
+                "The two kernels are swapped: eager is the one that keeps the probabilities."),
         Mistake("always_sdpa", always("sdpa"),
                 "kernel has no effect: yours is the sdpa formula always. Under eager the probabilities are kept too."),
         Mistake("always_eager", always("eager"),
@@ -152,7 +201,9 @@ def block_cases(rng):
         inputs |= {"e": e[0]} if e else {}
         kinds = (("half",) if e != [4] else ()) + (("grouped",) if kv_heads < heads else ())
         cases.append(Case(inputs, kinds, {"n": n, "d": d}))
-    return cases
+    heads, d = 6, pick(rng, 120, 144)  # heads of 16 numbers, 96 together: q is narrower than the block
+    wide = {"n": 40, "d": d, "d_ff": 3 * d, "heads": heads, "kv_heads": heads, "head_dim": 16, "e": 4}
+    return [*cases, Case(wide, ("wide",), {"n": 40, "d": d})]
 
 
 def block(norm=lambda n, d, e: 4 * n * d + 4 * n + e * n * d, norms=2, inputs=lambda d, d_ff: 2 * d + d_ff, gated=3,
@@ -165,6 +216,32 @@ def block(norm=lambda n, d, e: 4 * n * d + 4 * n + e * n * d, norms=2, inputs=la
         return norms * norm(n, d, e) + linear + attention(n, heads, kv_heads, head_dim, e) + feed_forward
 
     return block_kept
+
+
+def and_also(rule):
+    """A block_kept with rule(n, d, d_ff, e) bytes too many."""
+
+    def block_kept(n, d, d_ff, heads, kv_heads, head_dim, e=2):
+        return activations.block_kept(n, d, d_ff, heads, kv_heads, head_dim, e) + rule(n, d, d_ff, e)
+
+    return block_kept
+
+
+def width_from_d(n, d, d_ff, heads, kv_heads, head_dim, e=2):
+    return activations.block_kept(n, d, d_ff, heads, kv_heads, d // heads, e)
+
+
+def always_two_bytes(n, d, d_ff, heads, kv_heads, head_dim, e=2):
+    return activations.block_kept(n, d, d_ff, heads, kv_heads, head_dim, 2)
+
+
+def weights_too(n, d, d_ff, heads, kv_heads, head_dim, e=2):
+    weights = 2 * d * heads * head_dim + 2 * d * kv_heads * head_dim + 3 * d * d_ff
+    return activations.block_kept(n, d, d_ff, heads, kv_heads, head_dim, e) + e * weights
+
+
+def weights_and_norms_too(n, d, d_ff, heads, kv_heads, head_dim, e=2):
+    return weights_too(n, d, d_ff, heads, kv_heads, head_dim, e) + e * 2 * d
 
 
 def block_per_token(n, d, d_ff, heads, kv_heads, head_dim, e=2):
@@ -195,6 +272,15 @@ FOUR = (
     "product reads, and the product, which down reads."
 )
 
+FLOAT32_GATE = (
+    "You kept a tensor of the feed-forward part in float32. Norms and the softmax alone compute in float32; the "
+    "activation and the product that follows are in e bytes."
+)
+WEIGHTS_TOO = (
+    "You added the block's weights. They are there before the forward pass, and model_states counts them: activations "
+    "grow with the tokens n."
+)
+
 BLOCK_KEPT = Exercise(
     name="block_kept",
     reference=activations.block_kept,
@@ -205,6 +291,26 @@ BLOCK_KEPT = Exercise(
         Mistake("o_again", o_again,
                 "The input of o is counted twice: it is the output that attention keeps already, one tensor with two "
                 "readers."),
+        Mistake("one_residual", and_also(lambda n, d, d_ff, e: e * n * d),
+                "You are e n d over. Either the input of o is counted beside the output of attention, which is the "
+                "same tensor; or an addition keeps one of its terms, and the derivative of a sum reads neither."),
+        Mistake("both_residuals", and_also(lambda n, d, d_ff, e: 2 * e * n * d),
+                "You are 2 e n d over. The two additions keep nothing, as the derivative of a sum reads neither term; "
+                "and what a norm returns is kept once, as the input of the linear layers."),
+        Mistake("in_float32", and_also(lambda n, d, d_ff, e: (4 - e) * n * d_ff), FLOAT32_GATE),
+        Mistake("two_in_float32", and_also(lambda n, d, d_ff, e: 2 * (4 - e) * n * d_ff), FLOAT32_GATE),
+        Mistake("five_wide", block(gated=4),
+                "You are e n d_ff over: four tensors are d_ff wide. What act(gate) * up returns and what down reads "
+                "are the same one."),
+        Mistake("weights_too", weights_too, WEIGHTS_TOO),
+        Mistake("weights_and_norms_too", weights_and_norms_too, WEIGHTS_TOO),
+        Mistake("always_two_bytes", always_two_bytes, "You took 2 bytes per number whatever e says."),
+        Mistake("width_from_d", width_from_d, None, "Right when heads * head_dim is d"),
+        Mistake("norms_without_x", block(norm=lambda n, d, e: 4 * n + e * n * d),
+                "Your norms do not keep their x. Their derivative reads it again: 4 n d bytes per norm, in float32."),
+        Mistake("norms_wholly_in_e", block(norm=lambda n, d, e: 2 * e * n * d + e * n),
+                "Right in float32. In half precision a norm still computes in float32, and keeps x and 1/rms so: 4 "
+                "bytes, not e. Only x / rms has e."),
         Mistake("one_norm", block(norms=1),
                 "You counted one norm. A block has two: before attention, and before the feed-forward part."),
         Mistake("no_norms", block(norms=0), "The two norms are missing. Their derivative reads x and 1/rms."),
@@ -234,7 +340,16 @@ BLOCK_KEPT = Exercise(
         Mistake("down_is_narrow", block(inputs=lambda d, d_ff: 3 * d),
                 "You took d numbers for the input of down. It comes from inside the feed-forward part: d_ff."),
         Mistake("one_input", block(inputs=lambda d, d_ff: d + d_ff),
-                "One input of d numbers is missing. There are two: what q, k and v read, and what gate and up read."),
+                "You are e n d short. Two inputs are d wide: what q, k and v read, and what gate and up read. If you "
+                "have both, look for the output of attention."),
+        Mistake("no_output", block(attention=lambda n, h, kv_h, c, e: e * n * c * (h + 2 * kv_h) + 4 * n * h),
+                "The output of attention is missing: it is kept, and o reads the same tensor."),
+        Mistake("no_row_sums", block(attention=lambda n, h, kv_h, c, e: e * n * c * (2 * h + 2 * kv_h)),
+                "Attention's sum of each row is missing (the log-sum-exp): 4 bytes per token and head. "
+                "`attention_kept` has it."),
+        Mistake("q_k_and_v_alone", block(attention=lambda n, h, kv_h, c, e: e * n * c * (h + 2 * kv_h)),
+                "Of attention you kept q, k and v alone. Its output and 4 bytes per token and head are kept too: "
+                "`attention_kept` has them."),
         Mistake("no_attention", block(attention=lambda n, h, kv_h, c, e: 0),
                 "Attention is missing. `attention_kept` says what it keeps."),
         Mistake("all_heads", block(attention=lambda n, h, kv_h, c, e: 4 * e * n * c * h + 4 * n * h),
@@ -250,7 +365,10 @@ BLOCK_KEPT = Exercise(
     ),
     alternatives=(block_per_token, block_by_list, block()),
     kinds={
-        "half": "Right in float32 and wrong in half precision. What do the norms and the softmax keep in float32?",
+        "half": "Right in float32 and wrong in half precision. Norms and the softmax keep tensors in float32, and "
+        "nothing else does.",
+        "wide": "Right when heads * head_dim is d, and wrong when it is not: q and the output of attention are heads * "
+        "head_dim wide, whatever d is.",
         "grouped": "Right when keys and values have as many heads as queries, and wrong when they have fewer.",
     },
     fact=f"In half precision one row of 2,048 tokens makes a block of Llama-2-7B keep {LLAMA_2_7B / 2**20:.0f} MiB, "

@@ -30,10 +30,13 @@ def cases(rng):
         (frozen, 25, ("adapter", batch, again, "4 bits"), ()),
         (frozen, 25, (batch, again, "adapter", "4 bits", "shorter rows"), ()),
         (frozen, 18, ORDER, ("states",)),
+        (full, 12, (), ("equal, batch",)),  # the states take all of the room
+        (full, 12, (batch, again, "adapter", "4 bits"), ("equal, rows",)),
+        (heads, 21, (batch,), ("equal, checkpointing",)),  # states and loss do
     ]
     return [
         Case({"step": {name: round(part * size) for name, part in zip(TERMS, parts, strict=True)},
-              "room": round(room * size), "tried": tried}, kinds)
+              "room": round(room * size), "tried": tried}, kinds, later="equal" in "".join(kinds))
         for parts, room, tried, kinds in drawn
     ]
 
@@ -97,6 +100,23 @@ def by_filter(step, room, tried=()):
     return left[0]
 
 
+def sharding_once(step, room, tried=()):
+    return None if "sharding" in tried else next_remedy(step, room, tried)
+
+
+def stops_at_sharding(step, room, tried=()):
+    found = next_remedy(step, room, tried)
+    return found if found is None else next(name for name in (found,) if name != "sharding" or name not in tried)
+
+
+def the_wrong_way_round(step, room, tried=()):
+    return None if sum(step.values()) > room else next_remedy(step, 0, tried)
+
+
+def never_returns(step, room, tried=()):
+    next_remedy(step, room, tried)
+
+
 def yes(*_):
     return True
 
@@ -106,6 +126,19 @@ def changes_step(step, room, tried=()):
     step["states"] = step.pop("weights") + step.pop("gradients") + step.pop("optimizer")
     return found
 
+
+def no_more_than(states, loss, room, tried):
+    return states <= room
+
+
+EQUAL = (
+    "Wrong when the states, or states and loss, take exactly the room: then nothing is left for the rest. They have to "
+    "take less than room: compare with <."
+)
+AGAIN = (
+    "Once sharding is in tried, yours finds nothing more. Sharding can be had again, with more devices: it is the last "
+    "resort, whether it was tried or not."
+)
 
 NEXT_REMEDY = Exercise(
     name="next_remedy",
@@ -164,8 +197,23 @@ NEXT_REMEDY = Exercise(
         Mistake("gives_up", doctor(last=None),
                 "You return None when one device has nothing left to offer. None means that the step fits; the last "
                 "remedy is sharding, which can be used again with more devices."),
-        Mistake("sharding_once", lambda step, room, tried=(): None if "sharding" in tried else next_remedy(
-                step, room, tried), None, "It returned None"),
+        Mistake("sharding_once", sharding_once, AGAIN),
+        Mistake("stops_at_sharding", stops_at_sharding, AGAIN),
+        Mistake("largest_term", doctor(fits=lambda step: max(step.values())),
+                "You compare the largest term with the room. The terms are there together: add all five."),
+        Mistake("larger_of_two",
+                doctor(fits=lambda step: sum(step.values()) - min(step["activations"], step["loss"])),
+                "You took the larger of activations and loss. At the peak both are there: add them."),
+        Mistake("the_wrong_way_round", the_wrong_way_round,
+                "You return None for a step that does not fit, and a remedy for one that does: the comparison with "
+                "room is the wrong way round."),
+        Mistake("never_returns", never_returns, None, "None means that the step fits"),
+        Mistake("states_equal_room", doctor(smaller_batch=no_more_than, shorter_rows=no_more_than), None, "exactly"),
+        Mistake("states_and_loss_equal_room",
+                doctor(checkpointing=lambda s, loss, room, tried: s + loss <= room), None, "exactly"),
+        Mistake("both_equal_room", doctor(
+                smaller_batch=no_more_than, shorter_rows=no_more_than,
+                checkpointing=lambda s, loss, room, tried: s + loss <= room), None, "exactly"),
         Mistake("a_list", lambda step, room, tried=(): [next_remedy(step, room, tried)], None,
                 "Yours returned a list of 1"),
         Mistake("changes_step", changes_step, None, "Your function changed step"),
@@ -174,7 +222,12 @@ NEXT_REMEDY = Exercise(
     kinds={
         "fits": "Right for a step that does not fit and wrong for one that does. Return None then.",
         "states": "Wrong when weights, gradients and optimizer alone do not fit. What can help then, and what cannot?",
+        **dict.fromkeys(("equal, batch", "equal, rows", "equal, checkpointing"), EQUAL),
         "loss": "Wrong when the loss is what does not fit. Which remedies shrink it?",
+    },
+    explain={
+        "None": "You return None for a step that does not fit. None means that the step fits, and is what a path "
+        "without a return statement gives too: add all five terms, compare the sum with room, and return a name otherwise."
     },
     fact="The first two change no result: a smaller batch with accumulation and checkpointing both give the same "
     "gradients, up to rounding.",

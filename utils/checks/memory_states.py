@@ -69,7 +69,8 @@ def in_units(terms, unit):
 
 
 IN_OPTIMIZER = (
-    'You counted the master copy under "optimizer", as the ZeRO paper does. Here it is a term of its own, "master copy".'
+    'You counted the master copy under "optimizer", as the ZeRO paper does. Here it is a term of its own, "master '
+    'copy".'
 )
 WHOLE = (
     "You made whole numbers of the bytes. Leave the fractions: 8-bit moments have one scale for 256 numbers, {moments} "
