@@ -192,6 +192,44 @@ def one_parameter_more(*sizes):
     return find("llama_parameters").reference(*sizes) + 1
 
 
+@attempt("attention_kept", "yours 1, expected ", " too little.")
+def one_byte(*sizes):
+    return 1
+
+
+@attempt("block_kept", "; 264 too much.")
+def a_little_more(*sizes):
+    return find("block_kept").reference(*sizes) + 264
+
+
+@attempt("units", "With size=13476831232: your second value is 12.5, expected 12.5512771606.")
+def rounded_down(size):
+    return size / 1e9, size / 2**30 // 0.5 * 0.5
+
+
+@attempt("next_remedy", "You return None for a step that does not fit.", "add all five terms")
+def gives_up_after_the_adapter(step, room, tried=()):
+    return None if "adapter" in tried else find("next_remedy").reference(step, room, tried)
+
+
+@attempt("next_remedy", "take exactly the room")
+def rows_when_nothing_is_left(step, room, tried=()):
+    states = step["weights"] + step["gradients"] + step["optimizer"]
+    last = states == room and "4 bits" in tried and "shorter rows" not in tried
+    return "shorter rows" if last else find("next_remedy").reference(step, room, tried)
+
+
+@attempt("adamw_update", "Right values, wrong dtype: p is bfloat16, you returned float32.")
+def p_in_float32(p, *others):
+    new, m, v = find("adamw_update").reference(p, *others)
+    return new.float(), m, v
+
+
+@attempt("shard", "With terms (weights, frozen ", "stage=-1, ValueError is expected, and yours returned {")
+def stage_minus_one(terms, devices, stage):
+    return {"total": sum(terms.values())} if stage == -1 else find("shard").reference(terms, devices, stage)
+
+
 @attempt("LoRAFunction", "Write @staticmethod above backward, and let ctx be its first parameter")
 class WithSelf(LoRAFunction):
     def backward(self, ctx, grad):

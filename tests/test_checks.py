@@ -261,6 +261,14 @@ def test_the_bugs_to_find_run_as_a_readers_cell():
         assert verdict == "wrong" and "The bug is still there" in sentence
 
 
+def test_the_bug_of_sharding_is_not_given_away():
+    """The chapter asks for a check of the function as it stands: finding the stage and the term is the exercise."""
+    exercise = find("shard")
+    for seed in SEEDS:
+        sentence = judge(exercise, exercise.mistake("gradients_whole").attempt, seed)[1]
+        assert "gradient" not in sentence and "stage 2" not in sentence
+
+
 def test_agreement_needs_the_named_words():
     exercise = find("match_targets")
     case = next(c for c in exercise.cases(torch.Generator().manual_seed(0)) if c.mentions)

@@ -112,6 +112,10 @@ def in_float32(p, grad, m, v, *settings):
     return adamw_update(p.float(), grad.float(), m.float(), v.float(), *settings)
 
 
+def cast_back(p, grad, m, v, *settings):
+    return tuple(tensor.to(p.dtype) for tensor in in_float32(p, grad, m, v, *settings))
+
+
 def with_settings(**fixed):
     """An adamw_update that does not look at some of its settings."""
 
@@ -255,7 +259,7 @@ ADAMW_UPDATE = Exercise(
         Mistake("first_step_only", adamw(averages=unmoved, first=1, second=1, decay="none"), None,
                 "The first returned value"),
     ),
-    alternatives=(by_torch, by_lerp, adamw()),
+    alternatives=(by_torch, by_lerp, adamw(), cast_back),
     kinds={"epsilon": "Right when eps is tiny and wrong when it counts. It is added to sqrt(v'), outside the root."},
     fact="m and v are two float32 tensors as large as the weights: 8 bytes per trained number, for a 7B model "
     f"{8 * 6_738_415_616 / 2**30:.0f} GiB. The first step moves every number by about lr, however small its gradient.",

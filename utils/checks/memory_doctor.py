@@ -227,7 +227,8 @@ NEXT_REMEDY = Exercise(
     },
     explain={
         "None": "You return None for a step that does not fit. None means that the step fits, and is what a path "
-        "without a return statement gives too: add all five terms, compare the sum with room, and return a name otherwise."
+        "without a return statement gives too: add all five terms, compare the sum with room, and return a name "
+        "otherwise."
     },
     fact="The first two change no result: a smaller batch with accumulation and checkpointing both give the same "
     "gradients, up to rounding.",
