@@ -962,19 +962,19 @@ except ValueError as error:
 # "optimizer", "activations" and "loss". They are taken to exist at once, as they do when you accumulate gradients: those
 # of the earlier rows wait while the next rows go forward.
 #
-# Return the cheapest remedy that **can help** and has not been tried. Order and conditions are in the docstring. The
-# conditions are the medicine: if weights, gradients and moments alone exceed the room, no batch is small enough, and
-# advising a smaller one wastes an hour.
+# Return the cheapest remedy that **can help** and has not been tried; sharding, the last resort, can be had again and
+# again. Order and conditions are in the docstring. The conditions are what matters: if weights, gradients and moments
+# alone exceed the room, no batch is small enough, and advising a smaller one wastes an hour.
 #
 # Complete `next_remedy`.
 #
 # Hint (the states): they leave room if weights + gradients + optimizer < room.
 #
 # Hint (a shape for it): a dict from remedy to whether it can help, in order of price; then the first that helps and is not
-# in `tried`.
+# in `tried`, and if there is none, sharding.
 
 # %% [markdown]
-# Let the doctor treat a patient: Llama-3-8B, on a 24 GB GPU, 8 rows of 4,096 tokens. Each remedy is put into practice by
+# Let the doctor see a case: Llama-3-8B, on a 24 GB GPU, 8 rows of 4,096 tokens. Each remedy is put into practice by
 # the arguments of `estimate`, until the step fits.
 
 # %%

@@ -2,7 +2,7 @@
 
 
 def next_remedy(step, room, tried=()):
-    """The cheapest remedy that is not in place and can help.
+    """The cheapest remedy that can help and is not in place yet; sharding, the last resort, can be had again.
 
     step: bytes of "weights", "gradients", "optimizer", "activations" and "loss", which add up at the peak
     room: bytes that the device has for them   tried: names of the remedies in place
