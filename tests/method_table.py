@@ -74,7 +74,8 @@ METHODS = {
     ),
     "houlsby": Method(lambda n: HoulsbyAdapter(init="bert")),
     "houlsby without norms": Method(lambda n: HoulsbyAdapter(layer_norms=False, dropout=0.2, init="bert")),
-    "pfeiffer": Method(lambda n: PfeifferAdapter(size=3, init="bert")),
+    # no relu: of three one may be silent everywhere, and then nothing of it is trained
+    "pfeiffer": Method(lambda n: PfeifferAdapter(size=3, activation="swish", init="bert")),
     "parallel": Method(lambda n: ParallelAdapter(init="bert")),
     "parallel on the residual": Method(lambda n: ParallelAdapter(scale="learned", reads="residual", init="bert")),
     "llama-adapter": Method(lambda n: LlamaAdapter(adapter_len=5, gate_init=0.5), on=DECODERS),
