@@ -244,7 +244,7 @@ class AdaLoRA:
         settings.rank(self.init_r)
         settings.rank(self.target_r)
         for name, least in (("total_steps", 1), ("tinit", 0), ("tfinal", 0), ("delta_t", 1)):
-            whole(name, getattr(self, name), least)
+            settings.whole(name, getattr(self, name), least)
         if self.target_r > self.init_r:
             raise ValueError(f"target_r is {self.target_r}, above init_r, {self.init_r}: ranks only go down")
         if self.tinit >= self.total_steps - self.tfinal:
@@ -273,7 +273,7 @@ class AdaLoRA:
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def _final_rank(self, value):
-        if whole("a rank of rank_pattern", value, 0) > self.init_r:
+        if settings.whole("a rank of rank_pattern", value, 0) > self.init_r:
             raise ValueError(f"rank_pattern has a rank of {value}, above init_r, {self.init_r}")
         return value
 
@@ -352,13 +352,6 @@ class AdaLoRA:
             bias=fields.get("bias", "none"),
             **settings.peft_targets(fields),
         )
-
-
-def whole(name, value, least):
-    """A whole number from `least` up."""
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number from {least} up")
-    return value
 
 
 def pattern(layer):

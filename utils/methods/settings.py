@@ -51,16 +51,14 @@ def per_module(setting, value, check):
 
 
 def rank(value):
-    """A whole number from 1 up. True is a number to Python, and a slip here."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"the rank is {value!r}; it must be a whole number from 1 up")
-    return value
+    """A whole number from 1 up."""
+    return whole("the rank", value)
 
 
-def whole(setting, value):
-    """A whole number from 1 up, for anything that is counted."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{setting} is {value!r}; it must be a whole number from 1 up")
+def whole(setting, value, least=1):
+    """A whole number from `least` up, for anything that is counted. True is a number to Python, and a slip here."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{setting} is {value!r}; it must be a whole number from {least} up")
     return value
 
 
