@@ -344,7 +344,7 @@ def test_a_packed_weight_is_refused_and_nothing_changes():
 
     model = nn.ModuleDict({"proj": Packed(4, 4), "other": nn.Linear(4, 4)})
     model["proj"].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match="proj: DoRA needs the norm of the weight, and a Packed holds it packed"):
+    with pytest.raises(ValueError, match="proj: a Packed holds its weight packed, in a form that is not known here"):
         attach(model, DoRA(targets=("other", "proj"), dtype=torch.float32))
     assert type(model["other"]) is nn.Linear
 

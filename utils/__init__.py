@@ -15,6 +15,11 @@ from utils.methods.registry import HOME as METHODS  # noqa: E402
 
 HOME = METHODS | {
     "lora_plus_groups": "utils.methods.lora_plus",
+    "NF4": "utils.quantization.base",
+    "FP4": "utils.quantization.base",
+    "INT4": "utils.quantization.base",
+    "quantize_base": "utils.quantization.base",
+    "dequantize_base": "utils.quantization.base",
     "load_adapter": "utils.checkpoint",
     "load_base": "utils.models",
     "load_tokenizer": "utils.models",

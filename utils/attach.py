@@ -15,7 +15,10 @@ import contextlib
 import torch
 from torch import nn
 
+from utils.methods.layers import unpacked_numbers
 from utils.methods.parts import TrainedCopy, size_of
+from utils.quantization.linear import QuantizedLinear
+from utils.quantization.weights import requantized_merge
 from utils.targeting import shared_parameters, whole_modules
 
 REGISTRY = "_attached_adapters"  # name -> Adapter, kept on the model itself
@@ -122,7 +125,7 @@ class Adapter:
 
     def __str__(self):
         trained, size = size_of(self.parameters())
-        total, _ = size_of(self.model.parameters())
+        total = size_of(self.model.parameters())[0] + sum(map(unpacked_numbers, self.model.modules()))
         state = "merged" if self.merged else "active" if self.active else "switched off"
         lines = [f"{type(self.config).__name__} adapter {self.name!r} on {type(self.model).__name__}, {state}"]
         groups = {}
@@ -179,10 +182,13 @@ class Adapter:
 
     # ---- merging
 
-    def merge(self):
+    def merge(self, requantize=False):
         """Write the update into the weights: the same output, and no extra work per token.
 
         The base weights are kept, so that `unmerge` is exact: while merged, each adapted weight is held twice.
+        requantize: round merged weights of a base in 4 bits back to 4 bits. That costs accuracy, often more than the
+        update itself is worth, so it is never done unasked; `dequantize_base` before merging costs none.
+        returns {path: |what rounding changed| / |the update|}, for the layers that were rounded so
         raises ValueError, with nothing changed, if no merge exists or the result is not finite
         """
         self._alive()
@@ -190,7 +196,7 @@ class Adapter:
             raise ValueError(f"adapter {self.name!r} is merged already")
         if not self.active:
             raise ValueError(f"adapter {self.name!r} is switched off: activate it before merging")
-        merged = {}
+        merged, lost = {}, {}
         shared = shared_parameters(self.model)
         for path, part in self.parts.items():
             if isinstance(part, TrainedCopy):
@@ -201,6 +207,8 @@ class Adapter:
             with torch.no_grad():
                 try:
                     tensors = part.merged_tensors()
+                    if isinstance(part.core, QuantizedLinear):
+                        tensors, lost[path] = rounded(part.core, tensors, requantize)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from None
             for name, tensor in tensors.items():
@@ -217,6 +225,7 @@ class Adapter:
                 merged[path, name] = tensor
         self._kept_weights = merged
         self._swap_weights()
+        return lost
 
     def unmerge(self):
         """Put the base weights back, to the bit, and compute the update beside them again."""
@@ -273,3 +282,21 @@ class Adapter:
     def _alive(self):
         if adapters(self.model).get(self.name) is not self:
             raise ValueError(f"adapter {self.name!r} was detached: attach or load it again")
+
+
+def rounded(layer, tensors, allowed):
+    """A merged weight for a layer of 4 bits: (its tensors by name, the share of the update that rounding undoes).
+
+    tensors: {"weight": (d_out, d_in), ...}   allowed: False raises ValueError that says what to do instead
+    """
+    if not allowed:
+        raise ValueError(
+            "the weight is in 4 bits, and a merged one would be rounded to them again, which can undo the update: call "
+            "dequantize_base(model) first, or merge(requantize=True) to have it rounded and see the error"
+        )
+    W = layer.dequantize(torch.float32)
+    delta = tensors["weight"].float() - W
+    if not delta.any():
+        return layer.stored(layer.quantized), 0.0
+    new, lost = requantized_merge(W, delta, layer.kind, layer.block_size, layer.double_quant)
+    return tensors | layer.stored(new), lost

@@ -10,7 +10,7 @@ import torch
 
 
 def scales_reference(absmax, nested):
-    """The float32 scale of every block. absmax: (blocks,), uint8 if nested   nested: (offset, absmax2, code2) or None"""
+    """The float32 scale of every block. absmax: (blocks,), uint8 if nested; nested: (offset, absmax2, code2) or None"""
     if nested is None:
         return absmax
     offset, absmax2, code2 = nested

@@ -7,6 +7,8 @@ by recipe. "16 bytes per parameter" is one recipe among several; each has a name
 
 from dataclasses import dataclass
 
+from utils.quantization.blocks import bits_per_number
+
 # absmax of a block of 256 8-bit numbers, in float32, for each of the two moments
 EIGHT_BIT_MOMENT = 1 + 4 / 256
 
@@ -57,8 +59,17 @@ def nf4_bytes(numbers, block=64, double_quant=True, group=256):
     The scale is float32; double quantization makes it 8 bits, with one float32 for each `group` of scales.
     numbers: how many, int   returns a float: 4.5 bits per number without double quantization, 4.127 with it
     """
-    scales = numbers / block
-    return numbers / 2 + (scales * (1 + 4 / group) if double_quant else 4 * scales)
+    return numbers * bits_per_number(4, block, double_quant, group) / 8
+
+
+def quantized_base(linear, rest, block=64, double_quant=True, e=2):
+    """Bytes of a base whose linear layers are in NF4 and whose other weights are not.
+
+    linear: numbers in the linear layers that are quantized   rest: all others: embeddings, norms, the output embedding
+    block: numbers per scale   double_quant: the scales in 8 bits   e: bytes of one of the others
+    returns a float
+    """
+    return nf4_bytes(linear, block, double_quant) + rest * e
 
 
 def units(size):

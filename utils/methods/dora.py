@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from utils.methods import settings
-from utils.methods.layers import is_conv1d, linear_shape, plain_weight
+from utils.methods.layers import dense_weight, is_conv1d, plain_weight, product
 from utils.methods.lora import (
     LoRA,
     LoRAEmbedding,
@@ -281,11 +281,7 @@ class DoRALinear(Magnitude, LoRALinear):
         self.add_magnitude()
 
     def dense_weight(self):
-        core = self.core
-        weight = core.weight.T if is_conv1d(core) else core.weight
-        if not weight.is_floating_point() or weight.shape != linear_shape(core):
-            raise ValueError(f"DoRA needs the norm of the weight, and a {type(core).__name__} holds it packed")
-        return weight
+        return dense_weight(self.core)
 
     def adapted_forward(self, x):
         layer, scale, mask, keep = self.inner, self.scale, None, 1.0
@@ -298,9 +294,8 @@ class DoRALinear(Magnitude, LoRALinear):
         if weight is None or (not self.fast and mask is not None):
             # Of a layer with hooks, or a second adapter, the output is taken as it is.
             kept = x if mask is None else x * mask / keep
-            W, A, B = (t.to(x.dtype) for t in (self.dense_weight(), self.A, self.B))
-            update = scale * F.linear(F.linear(kept, A), B)
-            core = F.linear(kept if whole else x, W) + update
+            update = scale * F.linear(F.linear(kept, self.A.to(x.dtype)), self.B.to(x.dtype))
+            core = product(self.core, kept if whole else x) + update
             return layer(x) + update + core * (self.gain() - 1).to(x.dtype)
         with torch.autocast(device, enabled=False):
             if not self.fast:

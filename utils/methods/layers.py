@@ -1,8 +1,10 @@
 """Linear layers as models have them: which way round the weight is stored, and whether it may be used directly."""
 
+import torch.nn.functional as F
 from torch import nn
 
 from utils.methods.parts import Part
+from utils.quantization.linear import QuantizedLinear, QuantizedProduct
 
 
 def is_conv1d(module):
@@ -32,8 +34,52 @@ def plain_weight(layer):
     return layer.weight.T if is_conv1d(layer) else None
 
 
+def is_linear4bit(module):
+    """bitsandbytes' Linear4bit, quantized. Told by its weight's name, to import nothing."""
+    return type(getattr(module, "weight", None)).__name__ == "Params4bit" and module.weight.quant_state is not None
+
+
+def unpacked_numbers(module):
+    """How many numbers a weight of 4 bits stands for beyond the bytes that hold it; 0 for any other module."""
+    if isinstance(module, QuantizedLinear):
+        return module.in_features * module.out_features - module.weight.numel()
+    if is_linear4bit(module):
+        return module.weight.quant_state.shape.numel() - module.weight.numel()
+    return 0
+
+
+def dense_weight(layer):
+    """The (d_out, d_in) weight that a linear layer multiplies with; of 4 bits, unpacked to the dtype it had before.
+
+    raises ValueError for a layer that stores its weight in a form not known here
+    """
+    if isinstance(layer, QuantizedLinear):
+        return layer.dequantize()
+    if is_linear4bit(layer):
+        from utils.quantization.weights import QuantizedWeight
+
+        return QuantizedWeight.from_bitsandbytes(layer.weight).dequantize()
+    weight = layer.weight.T if is_conv1d(layer) else layer.weight
+    if not weight.is_floating_point() or weight.shape != linear_shape(layer):
+        raise ValueError(f"a {type(layer).__name__} holds its weight packed, in a form that is not known here")
+    return weight
+
+
+def product(layer, x):
+    """x W^T of a linear layer, without its bias and hooks; a weight of 4 bits is not kept unpacked for backward."""
+    if isinstance(layer, QuantizedLinear):
+        return QuantizedProduct.apply(x, None, layer.quantized)
+    if is_linear4bit(layer):
+        from utils.quantization.weights import QuantizedWeight
+
+        return QuantizedProduct.apply(x, None, QuantizedWeight.from_bitsandbytes(layer.weight))
+    return F.linear(x, dense_weight(layer).to(x.dtype))
+
+
 def mergeable_weight(layer):
-    """`plain_weight`, or ValueError with the reason why there is none to merge into."""
+    """The (d_out, d_in) weight to merge into, or ValueError with the reason why there is none."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.dequantize()
     weight = plain_weight(layer)
     if weight is None and (type(layer) is nn.Linear or is_conv1d(layer)):
         raise ValueError(f"this {type(layer).__name__} has hooks, which would see another output: remove them first")

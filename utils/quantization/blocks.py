@@ -13,25 +13,6 @@ from utils.quantization.codebooks import dynamic_codebook
 TINY = 1e-38  # instead of a zero absmax: an all-zero block becomes zeros, not NaN
 
 
-def scale_blocks(x, block_size):
-    """Divide each block of numbers by its largest magnitude.
-
-    x: any shape   block_size: numbers per block, 1 or more
-    returns (scaled, absmax): (n,) float32 in [-1, 1], and (blocks,) float32
-    """
-    x = x.reshape(-1).float()
-    whole = len(x) - len(x) % block_size
-    blocks = x[:whole].view(-1, block_size)
-    absmax = blocks.abs().amax(1) if whole else x.new_zeros(0)
-    # Multiplied by the reciprocal and not divided, as in bitsandbytes: the two round differently now and then.
-    scaled = (blocks * (1 / absmax.clamp(min=TINY))[:, None]).reshape(-1)
-    if whole < len(x):
-        last = x[whole:].abs().max()
-        absmax = torch.cat([absmax, last[None]])
-        scaled = torch.cat([scaled, x[whole:] / last.clamp(min=TINY)])  # here bitsandbytes divides
-    return scaled.clamp(-1, 1), absmax
-
-
 def nearest_code(values, code):
     """The place of the nearest code book number for each value; of two equally near, the lower one.
 
@@ -43,12 +24,21 @@ def nearest_code(values, code):
 
 
 def quantize_blockwise(x, code, block_size=64):
-    """Encode numbers in blocks.
+    """Encode numbers in blocks, each divided by its largest magnitude. The last block may be shorter.
 
-    x: any shape, floating point   code: (k,), k <= 256, in [-1, 1]   block_size: numbers per block
+    x: any shape, floating point   code: (k,), k <= 256, in [-1, 1]   block_size: numbers per block, 1 or more
     returns (index, absmax): (n,) uint8 in row-major order, and (blocks,) float32
     """
-    scaled, absmax = scale_blocks(x, block_size)
+    x = x.reshape(-1).float()
+    whole = len(x) - len(x) % block_size
+    blocks = x[:whole].view(-1, block_size)
+    absmax = blocks.abs().amax(1)
+    # Multiplied by the reciprocal and not divided, as in bitsandbytes: the two round differently now and then.
+    scaled = (blocks * (1 / absmax.clamp(min=TINY))[:, None]).reshape(-1)
+    if whole < len(x):
+        last = x[whole:].abs().max()
+        absmax = torch.cat([absmax, last[None]])
+        scaled = torch.cat([scaled, x[whole:] / last.clamp(min=TINY)])  # here bitsandbytes divides
     return nearest_code(scaled, code), absmax
 
 

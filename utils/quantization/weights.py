@@ -12,7 +12,7 @@ from utils.quantization.codebooks import dynamic_codebook, fp4_codebook, int4_co
 
 CODEBOOKS = {"nf4": nf4_codebook, "fp4": fp4_codebook, "int4": int4_codebook}
 GROUP = 256  # scales per second scale: bitsandbytes has this number built in
-HALVES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 @dataclass
@@ -58,7 +58,7 @@ class QuantizedWeight:
 
     def to_state(self):
         """{key: tensor} as in the state dict of bitsandbytes' Linear4bit."""
-        words = {"quant_type": self.kind, "blocksize": self.block_size, "dtype": HALVES[self.dtype],
+        words = {"quant_type": self.kind, "blocksize": self.block_size, "dtype": DTYPES[self.dtype],
                  "shape": list(self.shape)}  # fmt: skip
         if self.nested:
             words |= {"nested_blocksize": GROUP, "nested_dtype": "float32", "nested_offset": self.nested[0].item()}
@@ -78,13 +78,14 @@ class QuantizedWeight:
         words = read_words(state.pop(described[0]))
         kind = described[0].rpartition("__")[2]
         if words["quant_type"] != kind or kind not in CODEBOOKS:
-            raise ValueError(f"the code book is {words['quant_type']!r} in {described[0]}; known: {', '.join(CODEBOOKS)}")
+            found = words["quant_type"]
+            raise ValueError(f"the code book is {found!r} in {described[0]}; known: {', '.join(CODEBOOKS)}")
         names = ["weight", "weight.absmax", "weight.quant_map"]
         if "nested_offset" in words:
             names += ["weight.nested_absmax", "weight.nested_quant_map"]
         if set(names) != set(state):
             wrong = sorted(set(names) ^ set(state))
-            raise ValueError(f"the state of a 4-bit weight has {', '.join(names)}; this one differs in {', '.join(wrong)}")
+            raise ValueError(f"the state has not just {', '.join(names)}: it differs in {', '.join(wrong)}")
         packed, absmax, code, *nested = (state[n].to(like) if like else state[n] for n in names)
         shape, block = torch.Size(words["shape"]), words["blocksize"]
         blocks, bytes_ = -(-shape.numel() // block), -(-shape.numel() // 2)
@@ -108,6 +109,19 @@ class QuantizedWeight:
         return cls(packed.view(-1, 1), absmax, code, kind, shape, words["dtype"], block, nested or None)
 
 
+    @classmethod
+    def from_bitsandbytes(cls, weight):
+        """The same codes and scales as in a Params4bit of bitsandbytes."""
+        state = weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "bitsandbytes has rearranged this weight for generation on a CPU, with scales of 16 bits: "
+                "convert the model before it has run in eval mode"
+            )
+        tensors = {f"weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+        return cls.from_state({"weight": weight.data} | tensors)
+
+
 def read_words(tensor):
     """The words and numbers of a 4-bit weight's state: JSON in a uint8 tensor. raises ValueError if they are unfit"""
     try:
@@ -115,7 +129,7 @@ def read_words(tensor):
         words = {**words, "blocksize": settings.whole("blocksize", words["blocksize"]), "shape": list(words["shape"])}
         for side in words["shape"]:
             settings.whole("a side of the shape", side)
-        words["dtype"] = {name: dtype for dtype, name in HALVES.items()}[words["dtype"]]
+        words["dtype"] = {name: dtype for dtype, name in DTYPES.items()}[words["dtype"]]
         if "nested_offset" in words:
             words["nested_offset"] = float(words["nested_offset"])
             if words["nested_blocksize"] != GROUP:
@@ -126,6 +140,16 @@ def read_words(tensor):
     return words
 
 
+def check_weight(W):
+    """Raise ValueError, in one sentence, unless W can be quantized."""
+    if W.dtype not in DTYPES:
+        raise ValueError(f"a weight to quantize is float32, float16 or bfloat16, not {W.dtype}")
+    if W.numel() == 0:
+        raise ValueError("the weight is empty")
+    if W.device.type != "meta" and not torch.isfinite(W).all():
+        raise ValueError("the weight has numbers that are not finite; they would spoil their blocks")
+
+
 def quantize_weight(W, kind="nf4", block_size=64, double_quant=False):
     """A weight in 4 bits.
 
@@ -133,10 +157,7 @@ def quantize_weight(W, kind="nf4", block_size=64, double_quant=False):
     double_quant: the scales in 8 bits   returns a QuantizedWeight
     raises ValueError for another dtype, and for numbers that are not finite: they would spoil their whole block
     """
-    if W.dtype not in HALVES:
-        raise ValueError(f"a weight to quantize is float32, float16 or bfloat16, not {W.dtype}")
-    if W.device.type != "meta" and not torch.isfinite(W).all():
-        raise ValueError("the weight has numbers that are not finite; they would spoil their blocks")
+    check_weight(W)
     settings.one_of("kind", kind, tuple(CODEBOOKS))
     settings.whole("block_size", block_size)
     code = CODEBOOKS[kind]().to(W.device)
@@ -147,3 +168,15 @@ def quantize_weight(W, kind="nf4", block_size=64, double_quant=False):
         absmax, offset, absmax2 = quantize_scales(absmax, GROUP)
         nested = (offset, absmax2, dynamic_codebook().to(W.device))
     return QuantizedWeight(pack(index, zero), absmax, code, kind, W.shape, W.dtype, block_size, nested)
+
+
+def requantized_merge(W, delta, kind="nf4", block_size=64, double_quant=False):
+    """Merge an update into a weight and round the sum to 4 bits.
+
+    W: (d_out, d_in), what the codes of the base stand for   delta: (d_out, d_in), the update, not zero everywhere
+    returns (merged, lost): a QuantizedWeight, and |merged - (W + delta)| / |delta|, a float. Of a delta that is small
+    beside the steps of the code book nothing is left: most weights are rounded back to where they were.
+    """
+    merged = quantize_weight(W + delta, kind, block_size, double_quant)
+    lost = (merged.dequantize() - (W + delta)).norm() / delta.norm()
+    return merged, lost.item()
