@@ -19,6 +19,7 @@ import utils
 from .attach import attach, freeze
 from .models import load_base, load_tokenizer
 from .paths import DATA
+from .quantization.base import quantize_base
 from .subspace import Subspace
 from .tasks import collate, evaluate, load_task
 from .training import train
@@ -49,6 +50,8 @@ def build(settings, seed):
     model = load_base(settings["model"], head="classify" if labels else "lm", num_labels=labels, seed=seed)
     if settings.get("base") == "random":
         model = type(model)(model.config)
+    if settings.get("quantize"):
+        quantize_base(model, getattr(utils, settings["quantize"])())
     method, config = settings["method"], settings.get("config", {})
     if method == "full":
         return model
@@ -76,7 +79,8 @@ def run_one(settings, seed, lr):
     """Trains and scores once -> dict of results. Settings, seed and machine the same: the numbers are the same.
 
     settings: {"model", "task", "steps", "method": "full", "frozen", "subspace" or a configuration of utils ("LoRA"),
-    "config": its fields}, and if wanted "batch_size", "optimizer", "clip", "head_lr", "base": "random",
+    "config": its fields}, and if wanted "batch_size", "optimizer", "clip", "head_lr", "base": "random", "quantize":
+    "NF4", "FP4" or "INT4" for the frozen base,
     "probes": {name: [task, split]} to score besides validation and test, and "spectrum": True.
     The scores of a run whose loss or gradient became infinite are missing, and it has "diverged": True.
     """

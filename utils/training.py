@@ -16,9 +16,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
+from utils.optimizers import AdamW8bit, paged_adamw, paged_adamw8bit
 from utils.training_state import borrowed, load_state, save_state, writable
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adamw8bit": AdamW8bit,
+    "paged_adamw": paged_adamw,
+    "paged_adamw8bit": paged_adamw8bit,
+    "sgd": torch.optim.SGD,
+}
 SCHEDULES = {  # share of the peak lr; done runs from 0 (end of the warmup) to 1
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
@@ -51,7 +58,7 @@ def train(model, rows, collate, *, params=None, steps, batch_size=16, lr, optimi
 
     collate(list of rows) -> dict of tensors, labels among them; model(**batch) must have a .loss.
     params: parameters, or optimizer groups (dicts, each may have its own lr). None: all that require a gradient.
-    optimizer: "adamw", "sgd", or anything to be called as optimizer(params, lr=..., weight_decay=...).
+    optimizer: a name in OPTIMIZERS, or anything to be called as optimizer(params, lr=..., weight_decay=...).
     schedule: "linear", "cosine" or "constant", after `warmup` rising steps. clip: the gradient's largest norm, or None.
     batch_size is per process. `accumulate` batches make one step; their losses are averaged batch by batch, not
     weighted by their tokens. precision: "no", "bf16" or "fp16" (utils.hardware says which).
@@ -72,7 +79,8 @@ def train(model, rows, collate, *, params=None, steps, batch_size=16, lr, optimi
         # told that there is no GPU, accelerate joins CPU processes; left to find out, it would train each one alone
         accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
         _check_machine(accelerator, precision)
-        wrapped, optim = accelerator.prepare(model, build(params, lr=lr, weight_decay=weight_decay))
+        wrapped = accelerator.prepare(model)  # first, as it moves the parameters to where the optimizer will see them
+        optim = accelerator.prepare(build(params, lr=lr, weight_decay=weight_decay))
         rank, world = accelerator.process_index, accelerator.num_processes
         peaks = [group["lr"] for group in optim.param_groups]
         run = {"rows": len(rows), "batch_size": batch_size, "accumulate": accumulate, "seed": seed, "processes": world,

@@ -119,16 +119,16 @@ EXPERIMENTS = {
 }
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m data.experiments.lora", description="Records experiments.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of: {', '.join(EXPERIMENTS)} (default: all)")
-    names = parser.parse_args(arguments).names or list(EXPERIMENTS)
-    unknown = [name for name in names if name not in EXPERIMENTS]
+def main(arguments=None, experiments=EXPERIMENTS, module="data.experiments.lora"):
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description="Records experiments.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of: {', '.join(experiments)} (default: all)")
+    names = parser.parse_args(arguments).names or list(experiments)
+    unknown = [name for name in names if name not in experiments]
     if unknown:
-        parser.error(f"there is no experiment {unknown[0]!r}; choose from {', '.join(EXPERIMENTS)}")
+        parser.error(f"there is no experiment {unknown[0]!r}; choose from {', '.join(experiments)}")
     torch.set_num_threads(1)  # with one thread the same machine gives the same bits
     for name in names:
-        record(name, **EXPERIMENTS[name](), command=f"python -m data.experiments.lora {name}")
+        record(name, **experiments[name](), command=f"python -m {module} {name}")
 
 
 if __name__ == "__main__":
