@@ -110,6 +110,22 @@ def layer_number(path):
     return int(number[1]) if number else None
 
 
+def linear_names(model):
+    """The short names of a model's linear layers, for `targets`: all but the output embedding and a task's head.
+
+    A short name is the last part of a path: "model.layers.3.mlp.up_proj" is called "up_proj". Layers in 4 bits and
+    GPT-2's Conv1D are linear layers too.
+    model: a transformers model   returns the names, each once, in alphabetical order, as a tuple
+    """
+    output, head = model.get_output_embeddings(), task_head(model)
+    found = [
+        path
+        for path, module in module_tree(model)
+        if is_linear(core_of(module)) and core_of(module) is not output and not (head and inside(path, head))
+    ]
+    return tuple(sorted({path.rsplit(".", 1)[-1] for path in found}))
+
+
 def inside(path, module):
     """Whether a path is a module's own or that of something in it."""
     return path == module or path.startswith(module + ".")
