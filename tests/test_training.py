@@ -243,7 +243,7 @@ def half():
         (Toy, {"params": [nn.Parameter(torch.ones(1), requires_grad=False)]}, ValueError, "never move"),
         (Toy, {"steps": 0}, ValueError, "steps must be 1 or more, not 0"),
         (Toy, {"log_every": 0}, ValueError, "log_every must be 1 or more"),
-        (Toy, {"optimizer": "lion"}, ValueError, "one of adamw, sgd"),
+        (Toy, {"optimizer": "lion"}, ValueError, "one of adamw, adamw8bit, .*, sgd"),
         (Toy, {"schedule": "step"}, ValueError, "one of linear, cosine, constant"),
         (half, {"precision": "fp16"}, ValueError, "in float32"),
         (Toy, {"precision": "fp16"}, ValueError, "needs a GPU"),

@@ -117,7 +117,7 @@ def linear_names(model):
     GPT-2's Conv1D are linear layers too.
     model: a transformers model   returns the names, each once, in alphabetical order, as a tuple
     """
-    output, head = model.get_output_embeddings(), task_head(model)
+    output, head = core_of(model.get_output_embeddings()), task_head(model)
     found = [
         path
         for path, module in module_tree(model)
