@@ -41,7 +41,7 @@ def fp4_codebook():
     returns (16,) float32
     """
     magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3])
-    return torch.cat([magnitudes, -magnitudes]) / 12
+    return torch.cat([magnitudes, 0 - magnitudes]) / 12  # 0 - 0 is 0, and -0 is not: the file has the former
 
 
 def int4_codebook():
