@@ -65,7 +65,7 @@ def filled(model, dtype, device, quantized=False):
 
     quantized: the linear layers of its blocks in NF4, so that no more than one of them is ever there whole
     """
-    packed = {id(weight) for weight in frozen_in_blocks(model.requires_grad_(False))} if quantized else set()
+    packed = {id(m.weight) for m in frozen_in_blocks(model.requires_grad_(False))} if quantized else set()
     made = {}  # tied weights stay tied
     for path, module in list(model.named_modules()):
         if hasattr(module, "inv_freq"):  # rotary positions are computed, not random

@@ -13,6 +13,7 @@ kept activations shrink as the gradients grow, evenly, so one of the two ends is
 """
 
 import copy
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,7 @@ from utils.memory.shapes import Shape, shape_of
 from utils.memory.states import RECIPES, kv_cache, model_states, nf4_bytes, shard
 from utils.methods.families import family_of, own_modules
 from utils.methods.houlsby import TrainedNorm
+from utils.methods.layers import linear_shape
 from utils.methods.prompt import Prompts
 from utils.targeting import is_linear
 
@@ -106,8 +108,11 @@ def facts_of(model, method=None):
     if method is not None:
         attach(model, method, "estimated")
     shape = shape_of(model)
-    frozen = sum(weight.numel() for weight in frozen_in_blocks(model))
-    return Facts(name, shape, *count_parameters(model), frozen, trained_in_first_block(model), *needs_of(model, shape))
+    in_blocks = sum(math.prod(linear_shape(linear)) for linear in frozen_in_blocks(model))
+    trained, total = count_parameters(model)
+    # a weight that is in 4 bits already counts with the numbers it stands for, and not with the bytes that hold them
+    total += sum(math.prod(linear_shape(m)) - m.weight.numel() for m in model.modules() if is_linear(m))
+    return Facts(name, shape, trained, total, in_blocks, trained_in_first_block(model), *needs_of(model, shape))
 
 
 def predict(facts, recipe=None, batch=1, length=512, attention="sdpa", checkpointing=False, quantized=False,
@@ -171,12 +176,12 @@ def meta_like(tensor):
 
 
 def frozen_in_blocks(model):
-    """The frozen weights of the linear layers in the blocks: what quantization of the base applies to."""
+    """The frozen linear layers in the blocks: what quantization of the base applies to."""
     for family in family_of(model, "an estimate"):
         inside = re.compile(rf"{family.layer}\..+")
         for path, module in own_modules(model):
             if inside.fullmatch(path) and is_linear(module) and not trains(module):
-                yield module.weight
+                yield module
 
 
 def needs_of(model, shape):

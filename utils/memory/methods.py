@@ -39,8 +39,9 @@ def lora(block, part, x, y):
 
 def dora(block, part, x, y):
     """g (W x + s B A x): as LoRA, the output before the gain g = m / |.|, and of each row g, |.| and a boolean, whether
-    |.| is 0. e n (d_in + d_out) + 9 d_out"""
-    block.terms["adapters"] += block.e * y.numbers + 9 * part.m.numel()
+    |.| is 0. e n (d_in + d_out) + 9 d_out. Over 4 bits it is g - 1 that is kept, in the activations' dtype."""
+    gain = block.e if block.run.quantized else 4
+    block.terms["adapters"] += block.e * y.numbers + (gain + 5) * part.m.numel()
     return lora(block, part, x, y)
 
 
