@@ -402,16 +402,16 @@ def test_row_norms_of_a_transposed_weight():
 # --------------------------------------------------------------------------------- what the compiler makes of them
 
 
-def compiled(kernel, capability, types, constants):
+def compiled(kernel, capability, types, constants, sixteens=(), **options):
     """The kernel compiled for a GPU that need not be here.
 
     types: {argument: type, or a tuple of them}; arguments without one are 32-bit integers. As at a launch, an integer
-    that equals 1 is a constant: type "one".
+    that equals 1 is a constant: type "one".   sixteens: arguments that a launch would find to be multiples of 16
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    signature, values = {}, dict(constants)
+    signature, values, known = {}, dict(constants), {}
     for i, name in enumerate(inspect.signature(kernel.fn).parameters):
         kind = types.get(name, "i32")
         if name in constants:
@@ -422,8 +422,10 @@ def compiled(kernel, capability, types, constants):
         elif kind == "one":
             kind, values[name] = "constexpr", 1
         signature[name] = kind
+        if name in sixteens:
+            known[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    return compile(ASTSource(kernel, signature, constexprs=values), target=target)
+    return compile(ASTSource(kernel, signature, constexprs=values, attrs=known), target=target, options=options)
 
 
 @needs_triton

@@ -17,7 +17,7 @@ See utils.quantization for what the numbers mean and how they are made.
 import torch
 import torch.nn.functional as F
 
-from utils.kernels import DTYPES, capability_of, dot_dtype, power_of_two, runs_triton, tl, triton
+from utils.kernels import DTYPES, INTERPRETED, capability_of, dot_dtype, power_of_two, runs_triton, tl, triton
 
 # ----------------------------------------------------------------------------------------------------- in plain torch
 
@@ -67,8 +67,8 @@ def dequantize_reference(packed, absmax, code, shape, block_size, dtype, nested=
 #
 # The code book is looked up by tl.gather, which keeps it in shared memory: 16 entries in 16 banks, so that no two of a
 # warp's 32 look-ups are in each other's way. From global memory each would need a 64-bit address, and in gemm's loop
-# the compiler would even fetch each one asynchronously. A byte's two numbers are neighbours in the result, so that
-# `interleave` moves nothing: it names registers.
+# the compiler would even fetch each one asynchronously. gemv, which has little else to do, reads words: a shift, a
+# mask, a look-up and a multiplication per weight. In gemm's loop words would cost twice the registers of bytes.
 
 
 @triton.jit
@@ -86,24 +86,41 @@ def scale_of(absmax, offset, absmax2, code2, block, here):
 
 
 @triton.jit
-def numbers_of(codes, book, COUNT: tl.constexpr):
-    """The COUNT code book numbers that a tensor of bytes stands for, in one dimension."""
-    index = tl.interleave(codes >> 4, codes & 15).to(tl.int32)
+def looked_up(index, code, COUNT: tl.constexpr):
+    """The code book's numbers at these COUNT indices, in one dimension."""
+    book = tl.load(code + tl.arange(0, 16))
     return tl.gather(book, tl.reshape(index, (COUNT,)), 0)
 
 
 @triton.jit
+def two_of(codes):
+    """The two indices in each byte, side by side in the last dimension: in registers, so nothing is moved."""
+    codes = codes.to(tl.int32)
+    return tl.interleave(codes >> 4, codes & 15)
+
+
+@triton.jit
+def eight_of(words):
+    """The eight indices in each word of 32 bits, along a new last dimension. words: (rows, width)
+
+    The lowest byte is the first, and of a byte the high half: they begin at bits 4, 0, 12, 8, 20, 16, 28, 24.
+    """
+    shift = 4 * (tl.arange(0, 8) ^ 1)
+    return (words[:, :, None] >> shift[None, None, :]) & 15
+
+
+@triton.jit
 def dequantize_kernel(
-    packed, absmax, offset, absmax2, code2, code, out, n,
+    packed, absmax, offset, absmax2, code2, code, out, n, n_bytes,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE numbers. GROUP neighbours share a scale; TILE and GROUP are powers of two."""
     first = tl.program_id(0).to(tl.int64) * TILE
     byte = first // 2 + tl.arange(0, TILE // 2)
-    codes = tl.load(packed + byte, mask=byte < (n + 1) // 2, other=0)
+    codes = tl.load(packed + byte, mask=byte < n_bytes, other=0)
     group = first + tl.arange(0, TILE // GROUP) * GROUP
     scale = scale_of(absmax, offset, absmax2, code2, group // BLOCK_SIZE, group < n)
-    numbers = numbers_of(codes, tl.load(code + tl.arange(0, 16)), TILE)
+    numbers = looked_up(two_of(codes), code, TILE)
     w = tl.reshape(tl.reshape(numbers, (TILE // GROUP, GROUP)) * scale[:, None], (TILE,))
     at = first + tl.arange(0, TILE)
     tl.store(out + at, w.to(out.dtype.element_ty), mask=at < n)
@@ -119,22 +136,23 @@ def scales_kernel(absmax, offset, absmax2, code2, out, blocks, TILE: tl.constexp
 
 @triton.jit
 def gemv_kernel(
-    x, packed, absmax, offset, absmax2, code2, code, bias, y, rows, d_out, d_in, stride,
+    x, packed, absmax, offset, absmax2, code2, code, bias, y, rows, d_out, d_in, row_words, stride,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N columns of y, all of the few rows. Codes are multiplied with x before their scale is."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = n.to(tl.int64)[:, None]  # of W; 64 bits, because a vocabulary times a width can pass 2^31
-    book = tl.load(code + tl.arange(0, 16))
+    packed = packed.to(tl.pointer_type(tl.int32))
     m = tl.arange(0, ROWS)
     total = tl.zeros((BLOCK_N, ROWS), tl.float32)
     for start in range(0, d_in, BLOCK_K):
-        byte = start // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        codes = tl.load(packed + row * (d_in // 2) + byte, mask=(row < d_out) & (byte < d_in // 2), other=0)
+        word = start // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
+        words = tl.load(packed + row * row_words + word, mask=(row < d_out) & (word < row_words), other=0)
         group = start + tl.arange(0, BLOCK_K // GROUP)[None, :] * GROUP
         here = (row < d_out) & (group < d_in)
         scale = scale_of(absmax, offset, absmax2, code2, (row * d_in + group) // BLOCK_SIZE, here)
-        w = tl.reshape(numbers_of(codes, book, BLOCK_N * BLOCK_K), (BLOCK_N, BLOCK_K // GROUP, GROUP))
+        w = looked_up(eight_of(words), code, BLOCK_N * BLOCK_K)
+        w = tl.reshape(w, (BLOCK_N, BLOCK_K // GROUP, GROUP))
         k = start + tl.arange(0, BLOCK_K)
         for i in tl.static_range(ROWS):
             x_row = tl.load(x + i * stride + k, mask=(k < d_in) & (i < rows), other=0).to(tl.float32)
@@ -149,7 +167,7 @@ def gemv_kernel(
 
 @triton.jit
 def gemm_kernel(
-    x, packed, scales, code, bias, y, rows, d_out, d_in, stride, depth,
+    x, packed, scales, code, bias, y, rows, d_out, d_in, row_bytes, stride, depth,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -162,19 +180,19 @@ def gemm_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row, x_row = n.to(tl.int64)[:, None], m.to(tl.int64)[None, :]
-    book = tl.load(code + tl.arange(0, 16))
     begin = tl.program_id(2) * depth
     end = tl.minimum(begin + depth, d_in)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(begin, end, BLOCK_K):
         byte = start // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        codes = tl.load(packed + row * (d_in // 2) + byte, mask=(row < d_out) & (byte < d_in // 2), other=0)
+        codes = tl.load(packed + row * row_bytes + byte, mask=(row < d_out) & (byte < row_bytes), other=0)
         group = start + tl.arange(0, BLOCK_K // GROUP)[None, :] * GROUP
         here = (row < d_out) & (group < d_in)
         scale = tl.load(scales + (row * d_in + group) // BLOCK_SIZE, mask=here, other=0)
         k = start + tl.arange(0, BLOCK_K)[:, None]
         x_tile = tl.load(x + x_row * stride + k, mask=(x_row < rows) & (k < d_in), other=0)
-        w = tl.reshape(numbers_of(codes, book, BLOCK_N * BLOCK_K), (BLOCK_N, BLOCK_K // GROUP, GROUP))
+        w = looked_up(two_of(codes), code, BLOCK_N * BLOCK_K)
+        w = tl.reshape(w, (BLOCK_N, BLOCK_K // GROUP, GROUP))
         w = tl.reshape(w * scale[:, :, None], (BLOCK_N, BLOCK_K)).to(x.dtype.element_ty)  # rounded, as in memory
         # "ieee": for float32, tensor cores would otherwise round the factors to TF32, 10 bits of mantissa
         acc = tl.dot(w.to(DOT), x_tile.to(DOT), acc, input_precision="ieee")
@@ -208,14 +226,16 @@ def dequantize(packed, absmax, code, shape, block_size, dtype, nested=None):
     """`dequantize_reference`, by a kernel where Triton runs: the same bits."""
     if not runs_triton(code) or dtype not in DTYPES:
         return dequantize_reference(packed, absmax, code, shape, block_size, dtype, nested)
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    # The interpreter cuts bfloat16 off where a GPU rounds it: there the kernel writes float32 and torch rounds.
+    written = torch.float32 if INTERPRETED else dtype
+    out = torch.empty(shape, dtype=written, device=packed.device)
     n, tile = out.numel(), 4096
     with torch.cuda.device_of(packed):
         dequantize_kernel[(cdiv(n, tile),)](
-            packed, absmax, *(nested or NOT_NESTED), code, out, n,
+            packed, absmax, *(nested or NOT_NESTED), code, out, n, packed.numel(),
             BLOCK_SIZE=block_size, GROUP=group_of(block_size, most=32), TILE=tile, enable_fp_fusion=False,
         )  # fmt: skip
-    return out
+    return out.to(dtype)
 
 
 @torch.no_grad()
@@ -230,7 +250,8 @@ def matmul(x, packed, absmax, code, shape, block_size, bias=None, nested=None):
         raise ValueError(f"x {tuple(x.shape)} does not fit a weight of {tuple(shape)}: its last side must be {d_in}")
     rows = x.reshape(-1, d_in)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    way = route(len(rows), d_in, block_size, x.dtype, capability_of(x)) if runs_triton(x) else "unpack"
+    words = packed.storage_offset() % 4 == 0  # gemv reads four bytes at a time
+    way = route(len(rows), d_in, x.dtype, capability_of(x)) if runs_triton(x) and words else "unpack"
     if way == "unpack":
         W = dequantize(packed, absmax, code, shape, block_size, x.dtype, nested)
         return F.linear(x, W, bias)
@@ -243,7 +264,7 @@ def matmul_reference(x, packed, absmax, code, shape, block_size, bias=None, nest
     return F.linear(x, dequantize_reference(packed, absmax, code, shape, block_size, x.dtype, nested), bias)
 
 
-def route(rows, d_in, block_size, dtype, capability):
+def route(rows, d_in, dtype, capability):
     """Which way x W'^T is computed: "gemv", "gemm" or "unpack" (W' into memory, then cuBLAS).
 
     rows: of x   capability: (major, minor) of the GPU, or None for the interpreter
@@ -251,11 +272,11 @@ def route(rows, d_in, block_size, dtype, capability):
       as long as reading W' is what takes the time, and not multiplying: for some tens of rows.
     - gemv multiplies without tensor cores, once per row; gemm's tile is 16 rows, even for one.
     - Without tensor cores in Triton (see dot_dtype) gemm cannot win, and gemv goes as far as its 16 rows.
-    - A byte is two neighbours of a row, and should lie within a block: the kernels want an even d_in and block size.
+    - The kernels want every row of W to begin at a whole word, so d_in must be a multiple of 8.
     The numbers 4 and 64 were not measured by this project. bitsandbytes 0.50 has a kernel of its own up to 4 rows, and
     leaves its fused product after 16 to 64 on an H100, depending on the shape.
     """
-    if rows == 0 or d_in % 2 or block_size % 2:
+    if rows == 0 or d_in % 8:
         return "unpack"
     tensor_cores = dot_dtype(dtype, capability) != tl.float32
     if rows <= (4 if tensor_cores else 16):
@@ -271,7 +292,7 @@ def gemv(x, packed, absmax, code, shape, block_size, bias=None, nested=None):
     block_n, block_k = (4 if few == 1 else 2), min(power_of_two(d_in, least=64), 4096)
     with torch.cuda.device_of(x):
         gemv_kernel[(cdiv(d_out, block_n),)](
-            x, packed, absmax, *(nested or NOT_NESTED), code, bias, y, rows, d_out, d_in, x.stride(0),
+            x, packed, absmax, *(nested or NOT_NESTED), code, bias, y, rows, d_out, d_in, d_in // 8, x.stride(0),
             BLOCK_SIZE=block_size, GROUP=group_of(block_size, d_in, most=32),
             ROWS=few, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=max(1, block_k // 1024),
         )  # fmt: skip
@@ -290,14 +311,15 @@ def gemm(x, packed, absmax, code, shape, block_size, bias=None, nested=None, spl
     grid = cdiv(d_out, how["BLOCK_N"]), cdiv(rows, how["BLOCK_M"])
     steps = cdiv(d_in, how["BLOCK_K"])
     if splits is None:
-        splits = splits_of(steps, grid[0] * grid[1], processors(x))
+        splits = splits_of(steps, grid[0] * grid[1], multiprocessors_of(x))
     depth = cdiv(steps, splits) * how["BLOCK_K"]
     splits = cdiv(d_in, depth)  # 5 steps in 4 splits are 2, 2 and 1
     y = torch.empty(rows, d_out, dtype=x.dtype, device=x.device)
     sums = y if splits == 1 else torch.empty(splits, rows, d_out, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         gemm_kernel[(*grid, splits)](
-            x, packed, scales, code, bias if splits == 1 else None, sums, rows, d_out, d_in, x.stride(0), depth,
+            x, packed, scales, code, bias if splits == 1 else None, sums,
+            rows, d_out, d_in, d_in // 2, x.stride(0), depth,
             BLOCK_SIZE=block_size, GROUP=group_of(block_size, d_in, most=how["BLOCK_K"]), **how,
         )  # fmt: skip
         if splits > 1:
@@ -314,12 +336,12 @@ def tiles(rows, dtype, capability):
     return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128 if block_m <= 64 else 64, "DOT": dot}
 
 
-def splits_of(steps, programs, processors):
-    """As many as give every multiprocessor two programs, of at least four steps each."""
-    return max(1, min(cdiv(2 * processors, programs), steps // 4))
+def splits_of(steps, programs, multiprocessors):
+    """As many as give every multiprocessor two programs, of at least four steps each. Not measured."""
+    return max(1, min(cdiv(2 * multiprocessors, programs), steps // 4))
 
 
-def processors(x):
+def multiprocessors_of(x):
     """Multiprocessors of the tensor's GPU; 1 under the interpreter."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
