@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-CHAPTERS = ("start_here", "memory", "lora")  # modules of utils.checks, searched in this order
+CHAPTERS = ("start_here", "memory", "lora", "qlora")  # modules of utils.checks, searched in this order
 GRADING = "NBGRADER_EXECUTION"  # nbgrader sets it to "autograde" or "validate"
 
 

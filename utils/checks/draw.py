@@ -24,3 +24,20 @@ def layers(rng):
         (7, 5, 2, pick(rng, 3, 5, 12), ("rectangular",)),
         (pick(rng, 20, 23, 26), pick(rng, 31, 34, 37), pick(rng, 3, 5, 6), pick(rng, 1, 24, 32), ("rectangular",)),
     ]
+
+
+def spaced_code(rng, k):
+    """A code book (k,) from -1 to 1, whose gaps differ up to threefold."""
+    steps = (1 + 2 * torch.rand(k - 1, generator=rng)).cumsum(0)
+    return torch.cat([torch.tensor([-1.0]), 2 * steps / steps[-1] - 1])
+
+
+def near(rng, code, places):
+    """Values (n,) whose nearest code book numbers are code[places], none of them close to a midpoint."""
+    ordered, order = code.sort()
+    half = ordered.diff() / 2
+    edge = half.new_zeros(1)
+    rank = order.argsort()[places]
+    side = 1.6 * torch.rand(len(places), generator=rng) - 0.8
+    room = torch.where(side < 0, torch.cat([edge, half])[rank], torch.cat([half, edge])[rank])
+    return code[places] + side * room

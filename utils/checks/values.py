@@ -55,7 +55,7 @@ def about_one(pairs, base=None):
     if out.is_complex():
         return f"Wrong dtype: {short(want.dtype)} is expected, you returned {short(out.dtype)}."
     if out.shape != want.shape:
-        turned = " It is transposed." if out.ndim == 2 and out.shape == want.mT.shape else ""
+        turned = " It is transposed." if out.ndim == want.ndim == 2 and out.shape == want.mT.shape else ""
         return f"Wrong shape: yours {tuple(out.shape)}, expected {tuple(want.shape)}, with {described(case)}.{turned}"
     if not torch.isfinite(out).all():
         return f"Your output holds NaN or infinite values, with {described(case)}."
