@@ -1,7 +1,6 @@
 """python -m bench.gpu test | bench [name ...]: what only a GPU can show. Without one it says so and does nothing.
 
-test    the kernels compiled, training on the GPU, and predicted memory: tests/test_kernels.py, tests/test_gpu.py and
-        tests/test_gpu_memory.py
+test    the kernels compiled, training on the GPU, and predicted memory: tests/test_kernels*.py and tests/test_gpu*.py
 bench   the measurements of bench.gpu_rows, all or the named ones
 
 Both write data/measurements/DEVICE/NAME.json: the device, its capability and driver, versions, the date, the command,
@@ -23,7 +22,7 @@ from utils.paths import DATA, ROOT
 
 FOLDER = DATA / "measurements"
 NO_GPU = "There is no CUDA GPU here, so nothing was run: `make gpu-test` and `make gpu-bench` need one."
-TESTS = ("tests/test_kernels.py", "tests/test_gpu.py", "tests/test_gpu_memory.py")
+TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "kernels_four_bit", "gpu", "gpu_four_bit", "gpu_memory"))
 
 
 def main(arguments=None):
@@ -91,7 +90,7 @@ def record(name, command, rows):
 def machine():
     """The GPU and the software that measured."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "transformers", "peft"):
+    for package in ("torch", "triton", "transformers", "peft", "bitsandbytes"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

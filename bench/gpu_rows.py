@@ -9,15 +9,19 @@ import statistics
 import time
 from functools import partial
 
+import bitsandbytes
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.common import pair, trained
 from utils import LoRA
 from utils.hardware import settings
+from utils.kernels import capability_of, runs_triton
 from utils.kernels.dora import dora_row_norm, dora_row_norm_reference
+from utils.kernels.four_bit import dequantize, gemm, gemv, matmul, route
 from utils.kernels.lora import expand, expand_reference, lora_grouped, plan_rows, shrink, shrink_reference
 
 GROUPS = {"qkv": (4096, (4096, 1024, 1024)), "gate_up": (4096, (14336, 14336))}  # Llama-3-8B's d_in and d_out
@@ -26,6 +30,13 @@ PRODUCTS = [("qkv", 4096, 1, 16), ("qkv", 4096, 1, 64), ("gate_up", 4096, 1, 16)
 PRODUCTS += [("qkv", 64, 1, 16), ("qkv", 64, 8, 16), ("qkv", 64, 64, 16), ("qkv", 512, 8, 16)]
 LAYERS = [("qkv", 4096, 16), ("qkv", 256, 16), ("gate_up", 4096, 16)]  # (group, rows, r)
 NORMS = [(4096, 4096, 16), (14336, 4096, 16), (4096, 4096, 64)]  # (d_out, d_in, r)
+# (shape (d_out, d_in), double quantization): q_proj, up_proj of Llama-2-7B, q_proj and up_proj of 70B
+FOUR_BIT = [(shape, dq) for shape in ((4096, 4096), (11008, 4096), (8192, 8192), (28672, 8192)) for dq in (False, True)]
+# (shape, double quantization, rows): decoding, with k_proj and down_proj too; then more and more rows, and a prompt
+FEW = [(shape, dq, 1) for shape in ((4096, 4096), (11008, 4096), (4096, 11008)) for dq in (False, True)]
+FEW += [(shape, True, 1) for shape in ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672))]
+MANY = [((4096, 4096), True, rows) for rows in (2, 4, 8, 16, 32, 64, 128, 512, 2048)]
+MANY += [((28672, 8192), True, rows) for rows in (4, 16, 64, 512)]
 LLAMA = {
     "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4,
     "num_attention_heads": 16, "num_key_value_heads": 4, "use_cache": False,
@@ -129,6 +140,75 @@ def dora_norms(repeats, device="cuda", norms=NORMS):
     return rows
 
 
+def four_bit(shape, double_quant, dtype, device):
+    """A random weight as bitsandbytes quantizes it to NF4: its codes and state, and our functions' arguments."""
+    W = torch.randn(shape, device=device, dtype=dtype)
+    packed, state = bitsandbytes.functional.quantize_4bit(W, quant_type="nf4", compress_statistics=double_quant)
+    nested = (state.offset, state.state2.absmax, state.state2.code) if double_quant else None
+    ours = {"packed": packed, "absmax": state.absmax, "code": state.code, "shape": W.shape, "nested": nested}
+    return packed, state, ours | {"block_size": state.blocksize}
+
+
+def bytes_of(ours):
+    """Bytes of a weight's codes and scales."""
+    return sum(t.nbytes for t in (ours["packed"], ours["absmax"], *(ours["nested"] or ())))
+
+
+def four_bit_unpacking(repeats, device="cuda", weights=FOUR_BIT):
+    """NF4 to 16 bits: ours and bitsandbytes'; the bound is to read codes and scales and to write the weight.
+
+    of_bound: the share of the copy's bandwidth that ours reaches
+    """
+    dtype, bandwidth, rows = half(device), copy_bandwidth(device, repeats), []
+    for shape, double_quant in weights:
+        packed, state, ours = four_bit(shape, double_quant, dtype, device)
+        fns = {
+            "ours_ms": lambda ours=ours: dequantize(**ours, dtype=dtype),
+            "bitsandbytes_ms": lambda p=packed, s=state: bitsandbytes.functional.dequantize_4bit(p, s),
+        }
+        same([fns["ours_ms"]()], [fns["bitsandbytes_ms"]()])
+        ms = medians(fns, device, repeats, queued=True)
+        bound = (bytes_of(ours) + fns["ours_ms"]().nbytes) / bandwidth / 1e6
+        about = {"shape": name_of_shape(shape), "double_quant": double_quant, "dtype": name_of(dtype)}
+        compared = {"to_bitsandbytes": ms["ours_ms"] / ms["bitsandbytes_ms"], "of_bound": bound / ms["ours_ms"]}
+        rows.append({**about, **ms, "bound_ms": bound, **compared})
+    return rows
+
+
+def four_bit_products(repeats, device="cuda", products=FEW + MANY):
+    """x W'^T by each way there is, and bitsandbytes'; the bound is to read codes, scales and x and to write y once.
+
+    way: the one that `matmul` takes   unpack_ms: W' into memory, then cuBLAS   dense_ms: with W' in 16 bits already
+    to_bitsandbytes, of_bound: of matmul
+    """
+    dtype, bandwidth, rows = half(device), copy_bandwidth(device, repeats), []
+    for shape, double_quant, n_rows in products:
+        packed, state, ours = four_bit(shape, double_quant, dtype, device)
+        x = torch.randn(n_rows, shape[1], device=device, dtype=dtype)
+        W = dequantize(**ours, dtype=dtype)
+        kernels = runs_triton(x)
+        fns = {
+            "matmul_ms": partial(matmul, x, **ours),
+            "unpack_ms": lambda x=x, ours=ours: linear(x, dequantize(**ours, dtype=dtype)),
+            "dense_ms": partial(linear, x, W),
+            "bitsandbytes_ms": partial(bitsandbytes.matmul_4bit, x, packed.t(), state),
+        }
+        if kernels and n_rows <= 16:
+            fns["gemv_ms"] = partial(gemv, x, **ours)
+        if kernels and n_rows <= 512:
+            fns["gemm_ms"] = partial(gemm, x, **ours)
+        y = linear(x, W)
+        for fn in fns.values():
+            same([fn()], [y])
+        ms = {"gemv_ms": None, "gemm_ms": None} | medians(fns, device, repeats, queued=True)
+        bound = (bytes_of(ours) + x.nbytes + y.nbytes) / bandwidth / 1e6
+        way = route(n_rows, shape[1], dtype, capability_of(x)) if kernels else "unpack"
+        about = {"shape": name_of_shape(shape), "double_quant": double_quant, "rows": n_rows, "dtype": name_of(dtype)}
+        compared = {"to_bitsandbytes": ms["matmul_ms"] / ms["bitsandbytes_ms"], "of_bound": bound / ms["matmul_ms"]}
+        rows.append({**about, "way": way, **ms, "bound_ms": bound, **compared})
+    return rows
+
+
 def training_step(repeats, device="cuda", config=LLAMA, tokens=(4, 512)):
     """A step of AdamW on a Llama of random weights, LoRA r=16 on all linear layers: time and peak, ours and PEFT's.
 
@@ -169,6 +249,8 @@ BENCHES = {
     "lora_kernels": lora_kernels,
     "lora_layers": lora_layers,
     "dora_norms": dora_norms,
+    "four_bit_unpacking": four_bit_unpacking,
+    "four_bit_products": four_bit_products,
     "training_step": training_step,
 }
 
@@ -185,31 +267,41 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
+def name_of_shape(shape):
+    return " x ".join(str(side) for side in shape)
+
+
 def same(first, second):
     """Stop if the outputs differ by more than rounding: their times would say nothing."""
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.02 * b.float().abs().max().item())
 
 
-def medians(fns, device, repeats):
-    """{name: milliseconds} of each function in {name: fn}; the first two turns are not counted."""
+def medians(fns, device, repeats, queued=False):
+    """{name: milliseconds} of each function in {name: fn}; the first two turns are not counted.
+
+    queued: the GPU is kept waiting for half a millisecond before each call, so that what it takes Python to launch a
+    kernel of a few microseconds is not measured with it
+    """
     cache = torch.empty(2**28 if device == "cuda" else 1, dtype=torch.uint8, device=device)  # more than any GPU's L2
     times = {name: [] for name in fns}
     for turn in range(repeats + 2):
         for name, fn in fns.items():
             cache.zero_()
-            ms = milliseconds(fn, device)
+            ms = milliseconds(fn, device, queued)
             if turn >= 2:
                 times[name].append(ms)
     return {name: statistics.median(some) for name, some in times.items()}
 
 
-def milliseconds(fn, device):
+def milliseconds(fn, device, queued=False):
     if device != "cuda":
         start = time.perf_counter()
         fn()
         return 1000 * (time.perf_counter() - start)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if queued:
+        torch.cuda._sleep(10**6)  # cycles
     start.record()
     fn()
     end.record()

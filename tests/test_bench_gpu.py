@@ -36,7 +36,7 @@ def test_the_record_says_where_and_how(t4, tmp_path):
     state = json.loads(path.read_text(encoding="utf-8"))
     assert state["device"] == "Tesla T4" and state["capability"] == "7.5" and state["memory_gb"] == 15.8
     assert state["driver"] == "580.65.06" and state["cuda"] == "13.0"
-    assert set(state["versions"]) == {"python", "torch", "triton", "transformers", "peft"}
+    assert set(state["versions"]) == {"python", "torch", "triton", "transformers", "peft", "bitsandbytes"}
     assert state["command"] == "python -m bench.gpu bench lora_kernels" and len(state["date"]) == 10
     assert state["rows"] == [{"r": 16, "ms": 0.5}]
     assert list(path.parent.iterdir()) == [path]  # no draft left
@@ -65,6 +65,8 @@ def test_the_tests_outcomes_are_counted():
         ("lora_kernels", {"products": [("qkv", 24, 1, 4), ("qkv", 24, 3, 4)], "groups": {"qkv": (16, (16, 8, 8))}}),
         ("lora_layers", {"layers": [("gate_up", 24, 4)], "groups": {"gate_up": (16, (24, 24))}}),
         ("dora_norms", {"norms": [(24, 16, 4)]}),
+        ("four_bit_unpacking", {"weights": [((24, 64), True), ((24, 64), False)]}),
+        ("four_bit_products", {"products": [((24, 64), False, 1), ((24, 64), True, 20)]}),
     ],
 )
 def test_the_measurements_run_on_a_small_scale(bench, options):
