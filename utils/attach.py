@@ -294,7 +294,7 @@ def rounded(layer, tensors, allowed):
             "the weight is in 4 bits, and a merged one would be rounded to them again, which can undo the update: call "
             "dequantize_base(model) first, or merge(requantize=True) to have it rounded and see the error"
         )
-    W = layer.dequantize(torch.float32)
+    W = layer.dequantize().float()  # rounded as the merged weight is: else an update of zero would not be zero
     delta = tensors["weight"].float() - W
     if not delta.any():
         return layer.stored(layer.quantized), 0.0

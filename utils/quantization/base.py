@@ -14,7 +14,7 @@ from torch import nn
 
 from utils.attach import adapters
 from utils.methods import settings
-from utils.methods.layers import dense_weight, is_conv1d, is_linear4bit
+from utils.methods.layers import dense_weight, is_conv1d, is_linear4bit, plain_weight
 from utils.methods.parts import core_of, size_of
 from utils.quantization.blocks import bits_per_number
 from utils.quantization.linear import NF4Linear, QuantizedLinear
@@ -27,7 +27,8 @@ class FourBit:
     """How to quantize, for every kind of 4 bits.
 
     block_size     numbers per scale                     double_quant   the scales in 8 bits (QLoRA, section 3)
-    targets        as LoRA's; "all-linear": every linear layer but the output embedding, the classification head,
+    targets        as LoRA's; "all-linear": every linear layer but the output embedding, the classification head
+                   (transformers' BitsAndBytesConfig spares it only if its last parameter is a weight, not a bias),
                    what shares its weight, and what the model's authors keep in float32
     exclude        names or a regular expression to leave out
     compute_dtype  of the products; None: the dtype of a layer's input
@@ -132,23 +133,37 @@ def quantize_base(model, setting):
 
 def layers_to_quantize(model, setting):
     """The paths of the layers that a setting means. raises ValueError, which names it, for one that cannot be meant"""
-    shared = shared_parameters(model)
-    wide = getattr(model, "_keep_in_fp32_modules", None) or () if setting.targets == "all-linear" else ()
-    found = []
+    shared, found = shared_parameters(model), []
     for path in select(model, setting):
         layer = model.get_submodule(path)
         if isinstance(layer, QuantizedLinear) or is_linear4bit(layer):
             raise ValueError(f"{path} is in 4 bits already")
-        twins = [n for n in shared[id(layer.weight)] if n != f"{path}.weight"] if hasattr(layer, "weight") else []
-        plain = (type(layer) is nn.Linear or is_conv1d(layer)) and called(model, path)
-        if plain and not twins and not set(path.split(".")) & set(wide):
+        reason = why_not(model, path, shared)
+        if reason is None and plain_weight(layer) is None:
+            raise ValueError(f"{path} has hooks, or a forward of its own, which would be lost: remove them first")
+        if reason is None:
             found.append(path)
         elif setting.targets != "all-linear":
-            reason = f"its weight is the same tensor as {twins[0]}" if twins else f"it is a {type(layer).__name__}"
             raise ValueError(f"{path} cannot be put into 4 bits: {reason}")
     if not found:
         raise ValueError(f"this {type(model).__name__} has no linear layer to quantize")
     return found
+
+
+def why_not(model, path, shared):
+    """The reason why a layer keeps its weight as it is, or None. shared: as `shared_parameters` gives it"""
+    layer = model.get_submodule(path)
+    if not (type(layer) is nn.Linear or is_conv1d(layer)):
+        return f"it is a {type(layer).__name__}"
+    if not called(model, path):
+        return "torch reads its weight without calling it"
+    twins = [name for name in shared[id(layer.weight)] if name != f"{path}.weight"]
+    if twins:
+        return f"its weight is the same tensor as {twins[0]}"
+    wide = getattr(model, "_keep_in_fp32_modules", None) or ()
+    if any(f".{name}." in f".{path}." for name in wide):  # T5 casts wo's input to the dtype of its weight: to bytes
+        return "the model keeps it in float32"
+    return None
 
 
 def dequantize_base(model, dtype=None):
@@ -187,6 +202,29 @@ def from_bitsandbytes(model):
         return kind(quantized, layer.bias, layer.compute_dtype)
 
     return replace_layers(model, is_linear4bit, ours)
+
+
+def save_quantized(model, path):
+    """Write a model in NF4 or FP4 as transformers does, so that its from_pretrained reads it, in bitsandbytes' layers.
+
+    model: a transformers model after `quantize_base`, without adapters   path: of the folder
+    raises ValueError, with nothing written, for anything else
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    kinds = {(m.kind, m.double_quant, m.compute_dtype or m.dense_dtype) for m in layers}
+    if adapters(model):
+        raise ValueError(f"the model has the adapter {next(iter(adapters(model)))!r}: detach it, and save it by itself")
+    if not hasattr(model, "save_pretrained") or len(kinds) != 1 or layers[0].kind not in ("nf4", "fp4"):
+        raise ValueError(f"this {type(model).__name__} is no transformers model all of whose 4 bits are NF4, or FP4")
+    from transformers import BitsAndBytesConfig
+
+    dense = [p for p, m in model.named_modules() if type(m) is nn.Linear or is_conv1d(m)]
+    fields = bitsandbytes_fields(*kinds.pop()) | {"llm_int8_skip_modules": dense}
+    model.config.quantization_config = BitsAndBytesConfig(**fields)
+    try:
+        model.save_pretrained(path)
+    finally:
+        del model.config.quantization_config
 
 
 def replace_layers(model, wanted, make):
