@@ -4,7 +4,7 @@ from statistics import NormalDist
 
 import torch
 
-from utils.checks import qlora_blocks, qlora_codes, qlora_layer, qlora_pack
+from utils.checks import qlora_blocks, qlora_codes, qlora_layer, qlora_pack, qlora_training
 from utils.checks.core import Case, Exercise, Mistake
 from utils.checks.draw import near, pick, spaced_code
 from utils.quantization.blocks import nearest_code
@@ -296,4 +296,5 @@ EXERCISES = (
     *qlora_pack.EXERCISES,
     *qlora_codes.EXERCISES,
     *qlora_layer.EXERCISES,
+    *qlora_training.EXERCISES,
 )
