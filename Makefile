@@ -10,7 +10,7 @@ help:
 	@echo "make run         execute every chapter, both forms, on the tiny models; leaves build/report/index.html"
 	@echo "make test        run every test, the notebooks' own included"
 	@echo "make lab         open JupyterLab"
-	@echo "make bench       measure time and memory against peft; writes JSON and a table"
+	@echo "make bench       measure time and memory against peft and bitsandbytes; writes JSON and a table"
 	@echo "make gpu-test    on a machine with a CUDA GPU: run the kernels compiled, and train; writes data/measurements"
 	@echo "make gpu-bench   on a machine with a CUDA GPU: measure kernels and training steps; writes data/measurements"
 	@echo "make build       write the notebooks of solutions/*.py again (EXECUTE=1 runs and stores outputs too)"

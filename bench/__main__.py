@@ -11,7 +11,7 @@ import torch
 from bench import common
 from utils.paths import ROOT
 
-NAMES = ("lora", "dora", "adalora", "prefix", "attach")
+NAMES = ("lora", "dora", "adalora", "prefix", "quantization", "attach")
 
 
 def main():

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from utils import attach
 from utils.measure import cpu_times, saved_bytes
 
-VERSIONS = ("torch", "peft", "transformers")
+VERSIONS = ("torch", "peft", "transformers", "bitsandbytes")
 WIDTH = 2048
 
 

@@ -51,12 +51,12 @@ def dequantize_reference(packed, absmax, code, shape, block_size, dtype, nested=
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1).view(torch.int64).view(-1)
     out = torch.empty(n, dtype=dtype, device=packed.device)
     whole = n - n % block_size if block_size % 2 == 0 else 0  # numbers in whole blocks that begin at a byte
-    step = max(1, 2**16 // block_size) * block_size
+    step = max(1, 2**18 // block_size) * block_size
     for start in range(0, whole, step):
         end = min(start + step, whole)
         values = pairs.index_select(0, packed[start // 2 : end // 2].int()).view(torch.float32)
-        blocks = values.view(-1, block_size) * scales[start // block_size : end // block_size, None]
-        out[start:end] = blocks.view(-1)
+        values.view(-1, block_size).mul_(scales[start // block_size : end // block_size, None])
+        out[start:end] = values
     if whole < n:
         values = pairs.index_select(0, packed[whole // 2 :].int()).view(torch.float32)[: n - whole]
         out[whole:] = values * scales[whole // block_size :].repeat_interleave(block_size)[: n - whole]
