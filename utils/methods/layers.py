@@ -36,7 +36,8 @@ def plain_weight(layer):
 
 def is_linear4bit(module):
     """bitsandbytes' Linear4bit, quantized. Told by its weight's name, to import nothing."""
-    return type(getattr(module, "weight", None)).__name__ == "Params4bit" and module.weight.quant_state is not None
+    weight = None if isinstance(module, Part) else getattr(module, "weight", None)  # a wrapper has its layer's weight
+    return type(weight).__name__ == "Params4bit" and weight.quant_state is not None
 
 
 def unpacked_numbers(module):
