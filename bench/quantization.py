@@ -1,8 +1,8 @@
 """Unpacking NF4 on a CPU, in plain torch, against bitsandbytes' C++.
 
 Ours looks a byte up in a table of 256 pairs, multiplies by the scales and rounds: three passes over numbers that stay
-in the cache. bitsandbytes' loop, which uses AVX-512 where there is any, is one pass. From some 30 MB on, the memory that
-either writes to comes fresh from the system, and its page faults, the same for both, bring the ratio nearer to 1.
+in the cache. bitsandbytes' loop, which uses AVX-512 where there is any, is one pass. From some 30 MB on, what either
+writes to comes fresh from the system, and the page faults, the same for both, bring the ratio nearer to 1.
 """
 
 import statistics

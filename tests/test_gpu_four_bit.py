@@ -60,6 +60,8 @@ def test_products(shape, dtype, double_quant):
             error = (y.double() - exact).abs().max() / exact.abs().max()
             assert y.dtype == dtype and error < TOLERANCE[dtype], (name, rows, error.item())
             assert torch.equal(y, way(x, bias=bias, **ours)), (name, rows)  # the same bits again
+        if shape[1] % 64:
+            continue  # a block that goes on in the next row is more than bitsandbytes promises
         theirs = matmul_4bit(x, packed.t(), bias=bias, quant_state=state)
         assert (y.double() - theirs.double()).abs().max() < 2 * TOLERANCE[dtype] * exact.abs().max()
 

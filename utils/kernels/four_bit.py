@@ -73,7 +73,7 @@ def dequantize_reference(packed, absmax, code, shape, block_size, dtype, nested=
 
 @triton.jit
 def scale_of(absmax, offset, absmax2, code2, block, here):
-    """The scales of these blocks; 0 where `here` is false. Without double quantization offset, absmax2, code2 are None.
+    """The scales of these blocks; where `here` is false, some number. code2 and two more are None if not nested.
 
     A multiplication and an addition, each rounded: the kernels that promise the reference's bits are compiled without
     fused multiply-add.
@@ -151,11 +151,12 @@ def gemv_kernel(
         group = start + tl.arange(0, BLOCK_K // GROUP)[None, :] * GROUP
         here = (row < d_out) & (group < d_in)
         scale = scale_of(absmax, offset, absmax2, code2, (row * d_in + group) // BLOCK_SIZE, here)
-        w = looked_up(eight_of(words), code, BLOCK_N * BLOCK_K)
-        w = tl.reshape(w, (BLOCK_N, BLOCK_K // GROUP, GROUP))
         k = start + tl.arange(0, BLOCK_K)
         for i in tl.static_range(ROWS):
             x_row = tl.load(x + i * stride + k, mask=(k < d_in) & (i < rows), other=0).to(tl.float32)
+            # The compiler does this once. It stands here so that x is on its way before the codes are waited for.
+            w = looked_up(eight_of(words), code, BLOCK_N * BLOCK_K)
+            w = tl.reshape(w, (BLOCK_N, BLOCK_K // GROUP, GROUP))
             products = w * tl.reshape(x_row, (1, BLOCK_K // GROUP, GROUP))
             sums = tl.sum(tl.sum(products, 2) * scale, 1)
             total += tl.where(m[None, :] == i, sums[:, None], 0)
