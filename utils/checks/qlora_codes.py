@@ -207,11 +207,12 @@ LLOYD_STEP = Exercise(
 # ------------------------------------------------------------------------------------------------- quantize_scales
 
 
-def draw_scales(rng, count, group):
-    """Scales, more small ones than large; drawn again until no index hangs on the last bit."""
+def draw_scales(rng, count, group, mirrored=False):
+    """Scales, a few of them much larger than the rest, or mirrored, much smaller; no index hangs on the last bit."""
     code = dynamic_codebook()
     while True:
         absmax = 2 * normal(rng, count, std=0.3).exp()
+        absmax = 8 - absmax if mirrored else absmax
         centred = absmax - absmax.mean()
         largest = F.pad(centred.abs(), (0, -count % group)).view(-1, group).amax(1).repeat_interleave(group)[:count]
         if ((centred / largest)[:, None] - (code[:-1] + code[1:]) / 2).abs().min() > 3e-6:
@@ -221,7 +222,7 @@ def draw_scales(rng, count, group):
 def scale_cases(rng):
     drawn = [(512, 256), (pick(rng, 97, 101, 110), 16), (pick(rng, 300, 330), 256), (128, 32)]
     return [
-        Case({"absmax": draw_scales(rng, count, group), "group": group},
+        Case({"absmax": draw_scales(rng, count, group, mirrored=count == 128), "group": group},
              ("short",) if count % group else (), {"count": count, "group": group})  # fmt: skip
         for count, group in drawn
     ]
