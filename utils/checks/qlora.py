@@ -90,7 +90,7 @@ def by_steps(offset=NF4_OFFSET):
     return torch.tensor(code)
 
 
-UNSORTED = "The 16 numbers are right, but they do not rise. Sort them: nothing else in the course does it for you."
+UNSORTED = "The 16 numbers are right, but they do not rise. Sort them: index 0 stands for -1, and index 15 for 1."
 TWO_ZEROS = "Zero is in it more than once: the quantile at 1/2 is zero too. Leave that one out on both sides."
 NO_ZERO = (
     "There is no zero in it. A weight that is exactly zero must stay zero: 7 negative numbers, 0, and 8 positive ones."

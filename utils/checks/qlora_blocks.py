@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.checks.core import Case, Exercise, Mistake
-from utils.checks.draw import near, pick, spaced_code
+from utils.checks.draw import near, normal, pick, spaced_code
 from utils.quantization.blocks import TINY, nearest_code, quantize_blockwise
 from utils.quantization.codebooks import nf4_codebook
 
@@ -39,7 +39,6 @@ def quantize_cases(rng):
         ((3 * small + pick(rng, 3, 5),), nf4, small, ("short",)),
         ((5, pick(rng, 7, 11)), nf4, 64, ("short",)),
         ((4, 8), nf4, 8, ("zeros",)),
-        ((4, 16), nf4, 8, ("bf16",)),
         ((6, 4), nf4, 8, ("transposed",)),
     ):
         n, size = torch.Size(shape).numel(), block_size or 64
@@ -52,14 +51,22 @@ def quantize_cases(rng):
         x = torch.cat([blocks[0], *others]).view(shape)
         if "zeros" in kinds:
             x[pick(rng, 1, 2)] = 0
-        elif "bf16" in kinds:
-            x = x.bfloat16()
         elif "transposed" in kinds:
             x = x.T.contiguous().T
         inputs = {"x": x, "code": code} | ({"block_size": block_size} if block_size else {})
-        later = bool({"zeros", "bf16", "transposed"} & set(kinds))
+        later = bool({"zeros", "transposed"} & set(kinds))
         found.append(Case(inputs, kinds, {"block_size": size, "blocks": len(counts)}, later=later))
-    return found
+    half = {"x": in_bfloat16(rng, nf4), "code": nf4}
+    return [*found, Case(half, ("bf16",), {"block_size": 64, "blocks": 40}, later=True)]
+
+
+def in_bfloat16(rng, code):
+    """Numbers that fall to the wrong side of a midpoint now and then if they are divided in bfloat16, and never if they
+    are in float32."""
+    x = normal(rng, 40, 64).bfloat16()
+    scaled = x.float() / x.float().abs().amax(1, keepdim=True)
+    close = (scaled[..., None] - (code[:-1] + code[1:]) / 2).abs().amin(-1) < 1e-4
+    return x.masked_fill(close, 0)
 
 
 def largest(block):
@@ -153,6 +160,13 @@ def no_guard(x, code, block_size=64):
     parts = numbers.split(block_size)
     values = torch.cat([part / part.abs().max() for part in parts])
     return nearest_code(values, code), torch.stack([part.abs().max() for part in parts])
+
+
+def divided_in_bfloat16(x, code, block_size=64):
+    parts = x.reshape(-1).split(block_size)
+    absmax = torch.stack([part.abs().max() for part in parts])
+    values = torch.cat([divided(part, scale) for part, scale in zip(parts, absmax, strict=True)])
+    return nearest_code(values.float(), code), absmax.float()
 
 
 def one_for_zero(block):
@@ -255,6 +269,7 @@ QUANTIZE_BLOCKWISE = Exercise(
                 "A block of zeros has absmax 0, and you return 1 for it. Divide by something else than 0 there, and "
                 "return what absmax is."),
         Mistake("no_guard", no_guard, None, "A block of zeros comes out wrong: 0 / 0 is NaN"),
+        Mistake("divided_in_bfloat16", divided_in_bfloat16, None, "Right in float32 and wrong in bfloat16"),
         Mistake("whole_blocks_only", by_view, None, SHORT),
         Mistake("view", by_view_of_x, None, "fails where its rows do not lie one after the other"),
         Mistake("index_in_shape", lambda x, *rest: (quantize_blockwise(x, *rest)[0].view(x.shape),
@@ -271,6 +286,8 @@ QUANTIZE_BLOCKWISE = Exercise(
         "short": SHORT,
         "zeros": "A block of zeros comes out wrong: 0 / 0 is NaN, and NaN is near to nothing. Divide by a tiny number "
         "instead of an absmax of 0.",
+        "bf16": "Right in float32 and wrong in bfloat16. Divide in float32: a quotient in bfloat16 has 8 significant "
+        "bits and may land on the wrong side of a midpoint.",
         "transposed": "Works for a matrix and fails where its rows do not lie one after the other in memory, as in a "
         "transposed one. reshape copies where view cannot.",
     },
