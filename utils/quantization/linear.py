@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.kernels.four_bit import matmul
 from utils.quantization.weights import QuantizedWeight
 
 
@@ -34,6 +35,13 @@ class QuantizedProduct(torch.autograd.Function):
         dx = grad @ ctx.weight.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
         dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return dx, dbias, None
+
+
+def multiply_codes(x, bias, weight):
+    """x W'^T + b without a backward pass, by the kernel that suits the number of rows. Arguments: QuantizedProduct's"""
+    return matmul(
+        x, weight.packed, weight.absmax, weight.code, weight.shape, weight.block_size, bias, weight.nested
+    )
 
 
 class QuantizedLinear(nn.Linear):
@@ -81,7 +89,9 @@ class QuantizedLinear(nn.Linear):
         dtype = self.compute_dtype or (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else asked)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            y = QuantizedProduct.apply(x.to(dtype), bias, self.quantized)
+            # Without a backward pass to come, a kernel may multiply with the codes and never form W'.
+            multiply = QuantizedProduct.apply if torch.is_grad_enabled() else multiply_codes
+            y = multiply(x.to(dtype), bias, self.quantized)
         return y if self.compute_dtype is None else y.to(asked)
 
     def stored(self, quantized):
