@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from test_memory_activations import loss_of, make, of_today
+from torch.utils._python_dispatch import _disable_current_modes
 
 from utils import DoRA, LoRA, attach
 from utils.architectures import architecture
@@ -16,6 +17,7 @@ from utils.memory.estimate import estimate, facts_of, frozen_in_blocks, needs_of
 from utils.memory.instruments import LiveBytes
 from utils.memory.shapes import shape_of
 from utils.memory.states import nf4_bytes, quantized_base
+from utils.quantization import weights
 from utils.quantization.base import FP4, NF4, quantize_base
 from utils.quantization.linear import NF4Linear, QuantizedLinear
 
@@ -99,15 +101,28 @@ def test_a_base_by_hand():
     assert quantized_base(linear, total - linear) / 1e9 == pytest.approx(3.866, abs=1e-3)
 
 
+@pytest.fixture
+def as_a_kernel(monkeypatch):
+    """Unpacking that makes W' and nothing beside it, as on a GPU. On a CPU some parts are in float32 on the way."""
+
+    unseen = weights.dequantize
+
+    def dequantize(*arguments):
+        with _disable_current_modes():  # LiveBytes does not look
+            W = unseen(*arguments)
+        return torch.empty(W.shape, dtype=W.dtype).copy_(W)
+
+    monkeypatch.setattr(weights, "dequantize", dequantize)
+
+
 SIZES = {"wide vocabulary": (4000, 64), "wide": (300, 640)}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
 @pytest.mark.parametrize("checkpointing", [False, True, 1], ids=["", "checkpointing", "the first block"])
 @pytest.mark.parametrize("size", SIZES)
-def test_peak_of_a_step(size, checkpointing, dropout):
-    """States within 0.5 %, the peak within 5 % of live bytes; with dropout, whose backward pass makes a tensor more per
-    layer, 7 %. (Unpacking on a CPU works with parts of 2^16 numbers in float32, which only models this small feel.)"""
+def test_peak_of_a_step(size, checkpointing, dropout, as_a_kernel):
+    """States within 0.5 %, the peak within 5 % of live bytes."""
     torch.manual_seed(0)
     vocab, d = SIZES[size]
     config = tf.LlamaConfig(
@@ -140,4 +155,4 @@ def test_peak_of_a_step(size, checkpointing, dropout):
     with LiveBytes([*model.parameters(), *model.buffers(), *state, ids]) as live:
         step()
     assert sum(predicted.states.values()) == pytest.approx(sum(own.values()), rel=0.005)
-    assert predicted.peak == pytest.approx(sum(own.values()) + live.peak, rel=0.07 if dropout else 0.05)
+    assert predicted.peak == pytest.approx(sum(own.values()) + live.peak, rel=0.05)
