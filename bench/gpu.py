@@ -22,7 +22,8 @@ from utils.paths import DATA, ROOT
 
 FOLDER = DATA / "measurements"
 NO_GPU = "There is no CUDA GPU here, so nothing was run: `make gpu-test` and `make gpu-bench` need one."
-TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "kernels_four_bit", "gpu", "gpu_four_bit", "gpu_memory"))
+NAMES = ("kernels", "kernels_four_bit", "gpu", "gpu_four_bit", "gpu_memory", "optimizers_8bit")
+TESTS = tuple(f"tests/test_{name}.py" for name in NAMES)
 
 
 def main(arguments=None):
