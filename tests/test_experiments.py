@@ -149,6 +149,7 @@ def test_one_run_is_repeatable_and_counts_what_it_trains(few_rows):
     ({"method": "frozen"}, 1032),
     ({"method": "subspace", "config": {"d": 7}}, 1032 + 7),
     ({"method": "full", "spectrum": True}, None),
+    ({"method": "LoRA", "config": {"r": 1, "targets": ["query"]}, "quantize": "NF4"}, 4 * (128 + 128) + 1032),
 ])
 def test_the_other_methods_run(few_rows, settings, trained):
     run = run_one({**INTENT, "steps": 1, "batch_size": 2, **settings}, 0, 1e-3)

@@ -551,8 +551,8 @@ ADAMW8BIT_UPDATE = Exercise(
     kinds={"bf16": "Right in float32; here p is bfloat16. Take the step in float32, from p.float() and grad.float(), "
                    "and return p in its own dtype."},
     explain={"form": "{yours} came back; expected is {expected}: p in its dtype, and (index, absmax) of m and v."},
-    fact=f"A moment costs {1 + 4 / BLOCK:.3f} bytes, its scale included. The 160 million numbers of a LoRA of rank 64 "
-    f"on Llama-2-7B then have {2 * 160e6 * (1 + 4 / BLOCK) / 1e9:.2f} GB of moments instead of {8 * 160e6 / 1e9:.2f}.",
+    fact=f"A moment costs {1 + 4 / BLOCK:.3f} bytes, its scale included. The 159,907,840 numbers of a LoRA of rank 64 "
+    f"on Llama-2-7B have {2 * 159_907_840 * (1 + 4 / BLOCK) / 1e9:.2f} GB of moments instead of 1.28.",
 )
 
 EXERCISES = (LINEAR_NAMES, REQUANTIZED_MERGE, ADAMW8BIT_UPDATE)
