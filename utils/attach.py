@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from utils.methods.layers import unpacked_numbers
-from utils.methods.parts import TrainedCopy, Wrapper, size_of
+from utils.methods.parts import TrainedCopy, size_of
 from utils.quantization.linear import QuantizedLinear
 from utils.quantization.weights import requantized_merge
 from utils.targeting import shared_parameters, whole_modules
@@ -207,7 +207,7 @@ class Adapter:
             with torch.no_grad():
                 try:
                     tensors = part.merged_tensors()
-                    if isinstance(part, Wrapper) and isinstance(part.core, QuantizedLinear):
+                    if "weight" in tensors and isinstance(part.core, QuantizedLinear):  # of BitFit only the bias
                         tensors, lost[path] = rounded(part.core, tensors, requantize)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from None

@@ -1,6 +1,7 @@
 """A weight in 4 bits, with all that is needed to get it back, and the file format it shares with bitsandbytes."""
 
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +133,8 @@ def read_words(tensor):
         words["dtype"] = {name: dtype for dtype, name in DTYPES.items()}[words["dtype"]]
         if "nested_offset" in words:
             words["nested_offset"] = float(words["nested_offset"])
+            if not math.isfinite(words["nested_offset"]):  # JSON as Python reads it has NaN
+                raise ValueError(f"nested_offset is {words['nested_offset']}")
             if words["nested_blocksize"] != GROUP:
                 raise ValueError(f"nested_blocksize is {words['nested_blocksize']}, not {GROUP}")
         words["quant_type"] = str(words["quant_type"])
