@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.kernels import runs_triton
 from utils.kernels.four_bit import matmul
 from utils.quantization.weights import QuantizedWeight
 
@@ -89,9 +90,10 @@ class QuantizedLinear(nn.Linear):
         dtype = self.compute_dtype or (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else asked)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            # Without a backward pass to come, a kernel may multiply with the codes and never form W'.
-            multiply = QuantizedProduct.apply if torch.is_grad_enabled() else multiply_codes
-            y = multiply(x.to(dtype), bias, self.quantized)
+            x = x.to(dtype)
+            # Without a backward pass to come, a kernel can multiply with the codes and never form W'.
+            multiply = multiply_codes if runs_triton(x) and not torch.is_grad_enabled() else QuantizedProduct.apply
+            y = multiply(x, bias, self.quantized)
         return y if self.compute_dtype is None else y.to(asked)
 
     def stored(self, quantized):
