@@ -255,7 +255,7 @@ def test_a_merged_update_is_found_again_in_the_weight():
     assert lost == pytest.approx(measured.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora everywhere", "dora", "ia3"])
+@pytest.mark.parametrize("method", ["lora everywhere", "dora"])
 def test_compiled_in_one_graph(method):
     """Forward and backward, without a break. (aot_eager: all but the C++ at its end.)"""
     model = small_model("llama_gqa")
@@ -277,6 +277,30 @@ def test_compiled_in_one_graph(method):
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-5 * max(1, plain.abs().max().item()))
     for grad, other in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, other, rtol=0, atol=1e-4 * max(1, other.abs().max().item()))
+
+
+@pytest.mark.parametrize("method", ["houlsby", "parallel"])
+def test_a_layer_with_a_guest_is_not_replaced(method):
+    """Not even the layers before it: an adapter in a layer must go first."""
+    model, adapter, _ = attached(method)
+    before, shape, adapted = bits(model), shape_of(model), output(model)
+    with pytest.raises(ValueError, match="lives in this layer; detach its adapter first"):
+        dequantize_base(model)
+    assert same_bits(bits(model), before) and shape_of(model) == shape and torch.equal(output(model), adapted)
+    adapter.detach()
+    dequantize_base(model)
+
+
+def test_an_export_is_of_the_dequantized_model(tmp_path):
+    model, adapter, _ = attached("lora")
+    adapted = output(model)
+    with pytest.raises(ValueError, match="dequantize_base"):
+        adapter.export(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and not adapter.merged
+    dequantize_base(model)
+    adapter.export(tmp_path / "merged")
+    loaded = type(model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(output(loaded), adapted, rtol=0, atol=1e-5 * adapted.abs().max().item())
 
 
 def test_a_model_that_is_planned_on_meta():

@@ -15,7 +15,7 @@ from peft_pair import QUIET, assert_near, their_tensors
 from small_models import COMMON, TOKENS, batch, output
 from transformers import BitsAndBytesConfig
 
-from utils import DoRA, LoRA, adapters, attach, load_adapter
+from utils import DoRA, LoRA, adapters, attach, dequantize_base, load_adapter
 from utils.checkpoint import file_tensors
 from utils.methods.layers import is_linear4bit
 from utils.quantization.base import bitsandbytes_fields, from_bitsandbytes
@@ -153,3 +153,17 @@ def test_dora_begins_as_the_base(four_bits):
         before = output(model)
         attach(model, DoRA(targets="all-linear"))
         assert_near(output(model), before, 1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_stays_while_the_base_changes_hands(method, four_bits):
+    """bitsandbytes' layers -> ours -> dense ones, under the same adapter."""
+    model = four_bits("llama").eval()
+    adapter = attach(model, METHODS[method][0](r=4, alpha=8, targets="all-linear", init="random_b"))
+    expected = output(model)
+    with pytest.raises(ValueError, match="dequantize it first"):
+        adapter.merge(requantize=True)
+    assert_near(output(from_bitsandbytes(model)), expected)
+    assert_near(output(dequantize_base(model)), expected)
+    adapter.merge()
+    assert_near(output(model), expected)

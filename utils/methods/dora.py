@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from utils.methods import settings
-from utils.methods.layers import dense_weight, is_conv1d, plain_weight, product
+from utils.methods.layers import dense_weight, is_conv1d, mergeable_weight, plain_weight, product
 from utils.methods.lora import (
     LoRA,
     LoRAEmbedding,
@@ -305,7 +305,7 @@ class DoRALinear(Magnitude, LoRALinear):
 
     def merged_tensors(self):
         """The core's weight with the update in it, stored as the core stores it."""
-        merged = dora_merge(self.dense_weight(), self.A, self.B, self.scale * self.r, self.m)
+        merged = dora_merge(mergeable_weight(self.core), self.A, self.B, self.scale * self.r, self.m)
         return {"weight": merged.T.contiguous() if is_conv1d(self.core) else merged}
 
     def tensors(self):

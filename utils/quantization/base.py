@@ -233,10 +233,11 @@ def replace_layers(model, wanted, make):
     if not spots:
         raise ValueError(f"this {type(model).__name__} has no such layer in 4 bits")
     for path, module in spots:
+        for name, guest in core_of(module).named_children():
+            raise ValueError(f"{path}: {type(guest).__name__} {name!r} lives in this layer; detach its adapter first")
+    for path, module in spots:
         old = core_of(module)
         new = make(old).train(old.training)
-        for name, guest in old.named_children():
-            raise ValueError(f"{path}: {type(guest).__name__} {name!r} lives in this layer; detach its adapter first")
         if module is old:
             model.set_submodule(path, new)
             continue
