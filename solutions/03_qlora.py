@@ -2031,11 +2031,10 @@ assert all(mine < 0.12 for pairs in found.values() for mine, _ in pairs)
 
 # %% [markdown]
 # On a CPU with AVX-512, version 0.50 of bitsandbytes unpacks wrongly where a row is not a whole number of blocks. Its
-# bytes are right, the numbers that it makes of them are not. The tiny base has one such kind of layer, `down_proj`
-# with rows of
-# 352. The sizes of real models are usually multiples of 64, so you would hardly meet it there, and a GPU has its own
-#      kernel. You found it because you compared. (On another CPU you may have found nothing.) Both sides leave these
-#      layers in float32 from here on.
+# bytes are right, the numbers that it makes of them are not. The tiny base has one such kind of layer, `down_proj`, whose
+# rows have 352 numbers. The sizes of real models are usually multiples of 64, so you would hardly meet it there, and a
+# GPU has its own kernel. You found it because you compared. (On another CPU you may have found nothing.) Both sides leave
+# these layers in float32 from here on.
 #
 # One more thing has to be said to bitsandbytes. On some CPUs it rearranges a weight at the first call in `eval()` and
 # rounds the scales to 16 bits, to generate faster. For a comparison to the last digit that is switched off.
@@ -2057,7 +2056,7 @@ def logits(model, batch=batches[0]):
     model.eval()
     return model(**batch, use_cache=False).logits
 
-# %%
+# %% tags=["nbval-ignore-output"]
 taken_over = from_bitsandbytes(copy.deepcopy(theirs))  # our layers, with their bytes and their scales
 size = logits(theirs).abs().max().item()
 gaps = {"each quantized for itself": (logits(ours) - logits(theirs)).abs().max().item() / size,
@@ -2077,7 +2076,7 @@ assert gaps["each quantized for itself"] < 5e-3 and gaps["with the same scales"]
 # Every tutorial calls it, few say why. Ask the model before and after. Here the parts that stay out of 4 bits are in
 # bfloat16, as in a real base.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def facts(model):
     beside = [p for p in model.parameters() if p.dtype != torch.uint8]  # norms and embeddings, not the packed bytes
     embedding = model.get_input_embeddings()
@@ -2129,7 +2128,7 @@ for name in ("Llama-2-7B", "Llama-3-8B"):
 # Now the same A and B on both sides, and the same batches. Theirs is prepared, so it also recomputes its activations;
 # ours does not.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 theirs = peft.prepare_model_for_kbit_training(theirs, gradient_checkpointing_kwargs={"use_reentrant": False})
 config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 peft_model = peft.get_peft_model(theirs, config)
@@ -2146,7 +2145,7 @@ theirs_trained = [p for p in peft_model.parameters() if p.requires_grad]
 print(f"{len(theirs_trained)} trained tensors, {sum(p.numel() for p in theirs_trained):,} numbers on either side")
 assert sum(p.numel() for p in theirs_trained) == sum(p.numel() for p in adapter.parameters())
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def train(model, parameters):
     model.train()
     optimizer, losses = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0), []
@@ -2185,7 +2184,7 @@ there = peft.PeftModel.from_pretrained(plain(load_theirs(wrong)), folder / "ours
 other = load_base("decoder", dtype=torch.float32)  # not the base that the adapter was trained on
 _ = load_adapter(other, folder / "ours")
 
-# %%
+# %% tags=["nbval-ignore-output"]
 probe = batches[1]
 gaps = {"peft's file here": logits(here, probe) - logits(peft_model, probe),
         "our file in peft": logits(there, probe) - logits(ours, probe),

@@ -20,6 +20,7 @@ HOME = METHODS | {
     "INT4": "utils.quantization.base",
     "quantize_base": "utils.quantization.base",
     "dequantize_base": "utils.quantization.base",
+    "save_quantized": "utils.quantization.base",
     "load_adapter": "utils.checkpoint",
     "load_base": "utils.models",
     "load_tokenizer": "utils.models",

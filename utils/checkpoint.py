@@ -29,6 +29,7 @@ from utils.attach import adapters, attach
 from utils.methods.parts import Guest, TrainedCopy, Wrapper
 from utils.methods.registry import HOME, method, peft_method
 from utils.paths import ROOT
+from utils.quantization.linear import QuantizedLinear
 from utils.targeting import base_parameters, inside, module_tree, used_names
 
 CONFIG, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
@@ -90,6 +91,8 @@ def export_model(adapter, path):
     model, path = adapter.model, Path(path)
     if not hasattr(model, "save_pretrained"):
         raise ValueError(f"{type(model).__name__} is not a transformers model: save its state_dict yourself")
+    if any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        raise ValueError("the base is in 4 bits, which a plain checkpoint is not: call dequantize_base(model) first")
     if path.exists() and not path.is_dir():
         raise OSError(f"the model could not be written to {path}: it is a file")
     was_merged = adapter.merged

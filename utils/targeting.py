@@ -158,6 +158,8 @@ def whole_modules(model, config):
             raise ValueError(f"modules_to_save: {path} is a part of {above[0]}, which is trained whole already")
         if any(isinstance(m, (Wrapper, Guest)) for m in modules[path].modules()):
             raise ValueError(f"modules_to_save: another adapter is attached inside {path}; detach it first")
+        if not all(p.is_floating_point() for p in modules[path].parameters()):
+            raise ValueError(f"modules_to_save: {path} holds a weight of 4 or 8 bits, which cannot be trained")
     return found
 
 

@@ -59,7 +59,8 @@ def dequantize_reference(packed, absmax, code, shape, block_size, dtype, nested=
         out[start:end] = values
     if whole < n:
         values = pairs.index_select(0, packed[whole // 2 :].int()).view(torch.float32)[: n - whole]
-        out[whole:] = values * scales[whole // block_size :].repeat_interleave(block_size)[: n - whole]
+        scales = scales[whole // block_size :].repeat_interleave(min(block_size, n - whole))
+        out[whole:] = values * scales[: n - whole]
     return out.view(shape)
 
 

@@ -19,15 +19,19 @@ def linear_shape(module):
     return module.out_features, module.in_features
 
 
-def plain_weight(layer):
-    """The (d_out, d_in) weight of a layer that is a matrix product and nothing more, else None.
+def hooked(layer):
+    """Whether a layer has hooks, or a forward put on the instance (device maps do that): it must be called, not read.
 
-    A layer with hooks, or a forward put on the instance (device maps do that), must be called, not read. The hooks of
-    another adapter that is switched off do nothing.
+    The hooks of another adapter that is switched off do nothing.
     """
     kinds = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     owners = [getattr(hook, "__self__", None) for hooks in kinds for hook in hooks.values()]
-    if any(not isinstance(owner, Part) or owner.on for owner in owners) or "forward" in layer.__dict__:
+    return any(not isinstance(owner, Part) or owner.on for owner in owners) or "forward" in layer.__dict__
+
+
+def plain_weight(layer):
+    """The (d_out, d_in) weight of a layer that is a matrix product and nothing more, else None."""
+    if hooked(layer):
         return None
     if type(layer) is nn.Linear:
         return layer.weight

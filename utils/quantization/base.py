@@ -14,7 +14,7 @@ from torch import nn
 
 from utils.attach import adapters
 from utils.methods import settings
-from utils.methods.layers import dense_weight, is_conv1d, is_linear4bit, plain_weight
+from utils.methods.layers import dense_weight, hooked, is_conv1d, is_linear4bit
 from utils.methods.parts import core_of, size_of
 from utils.quantization.blocks import bits_per_number
 from utils.quantization.linear import NF4Linear, QuantizedLinear
@@ -139,7 +139,7 @@ def layers_to_quantize(model, setting):
         if isinstance(layer, QuantizedLinear) or is_linear4bit(layer):
             raise ValueError(f"{path} is in 4 bits already")
         reason = why_not(model, path, shared)
-        if reason is None and plain_weight(layer) is None:
+        if reason is None and hooked(layer):
             raise ValueError(f"{path} has hooks, or a forward of its own, which would be lost: remove them first")
         if reason is None:
             found.append(path)
@@ -157,6 +157,8 @@ def why_not(model, path, shared):
         return f"it is a {type(layer).__name__}"
     if not called(model, path):
         return "torch reads its weight without calling it"
+    if not isinstance(layer.weight, nn.Parameter):  # weight_norm, pruning
+        return "its weight is computed anew in each forward pass"
     twins = [name for name in shared[id(layer.weight)] if name != f"{path}.weight"]
     if twins:
         return f"its weight is the same tensor as {twins[0]}"
@@ -184,7 +186,9 @@ def dequantize_base(model, dtype=None):
         bias = layer.bias
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
         linear.weight = nn.Parameter(W.to(dtype or W.dtype), requires_grad=False)
-        linear.bias = bias if bias is None or dtype is None else nn.Parameter(bias.to(dtype), bias.requires_grad)
+        if bias is not None and dtype is not None:
+            bias.data = bias.data.to(dtype)  # the parameter stays itself: an adapter may train it
+        linear.bias = bias
         return linear
 
     return replace_layers(model, lambda layer: isinstance(layer, QuantizedLinear) or is_linear4bit(layer), plain)
@@ -235,6 +239,8 @@ def replace_layers(model, wanted, make):
     for path, module in spots:
         for name, guest in core_of(module).named_children():
             raise ValueError(f"{path}: {type(guest).__name__} {name!r} lives in this layer; detach its adapter first")
+        if hooked(core_of(module)):
+            raise ValueError(f"{path} has hooks, or a forward of its own, which would be lost: remove them first")
     for path, module in spots:
         old = core_of(module)
         new = make(old).train(old.training)

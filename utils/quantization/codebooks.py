@@ -7,7 +7,8 @@ Lloyd   fitted to a sample, so that the mean squared error is as small as it can
 dynamic 256 numbers over seven decades, for scales and for the moments of 8-bit Adam (Dettmers 2015,
         https://arxiv.org/abs/1511.04561)
 
-All lie in [-1, 1]. All but FP4 are in rising order; FP4's are in the order of their bit patterns.
+All lie in [-1, 1]. All but FP4 are in rising order; FP4's are in the order of their bit patterns. Models are loaded under
+other default dtypes (torch.set_default_dtype); a code book is float32 under each of them.
 """
 
 from statistics import NormalDist
@@ -28,9 +29,9 @@ def nf4_codebook(offset=NF4_OFFSET):
     returns (16,) float32, rising from -1 to 1; the probabilities are spaced in float32
     """
     quantile = NormalDist().inv_cdf
-    positive = [quantile(p) for p in torch.linspace(offset, 0.5, 9)[:-1].tolist()]
-    negative = [-quantile(p) for p in torch.linspace(offset, 0.5, 8)[:-1].tolist()]
-    code = torch.tensor(sorted([*negative, 0.0, *positive]))
+    positive = [quantile(p) for p in torch.linspace(offset, 0.5, 9, dtype=torch.float32)[:-1].tolist()]
+    negative = [-quantile(p) for p in torch.linspace(offset, 0.5, 8, dtype=torch.float32)[:-1].tolist()]
+    code = torch.tensor(sorted([*negative, 0.0, *positive]), dtype=torch.float32)
     return code / code.max()
 
 
@@ -40,7 +41,7 @@ def fp4_codebook():
     In units of 1/12: 0, 1/16, 8, 12, 4, 6, 2, 3. The second is a subnormal, so small that 0 and it are nearly one.
     returns (16,) float32
     """
-    magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3])
+    magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32)
     return torch.cat([magnitudes, 0 - magnitudes]) / 12  # 0 - 0 is 0, and -0 is not: the file has the former
 
 
@@ -49,7 +50,7 @@ def int4_codebook():
 
     returns (16,) float32; the last number is a 1 again, which no weight ever needs
     """
-    return torch.cat([torch.arange(-7, 8), torch.tensor([7])]) / 7
+    return torch.tensor([*range(-7, 8), 7], dtype=torch.float32) / 7
 
 
 def lloyd_step(values, code):
@@ -86,7 +87,7 @@ def dynamic_codebook(signed=True):
     """
     numbers = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float32)
         middles = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         numbers += middles.tolist() + ((-middles).tolist() if signed else [])
-    return torch.tensor(sorted(numbers))
+    return torch.tensor(sorted(numbers), dtype=torch.float32)

@@ -113,10 +113,11 @@ class QuantizedLinear(nn.Linear):
         held = {name: t for name, t in self._buffers.items() if t is not None and t.dtype == torch.float32}
         for name, tensor in held.items():
             self._buffers[name] = tensor.view(torch.int32)
-        super()._apply(fn, recurse)
-        for name in held:
-            self._buffers[name] = self._buffers[name].view(torch.float32)
-        return self
+        try:
+            return super()._apply(fn, recurse)
+        finally:  # also when a GPU is full
+            for name in held:
+                self._buffers[name] = self._buffers[name].view(torch.float32)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -129,17 +130,20 @@ class QuantizedLinear(nn.Linear):
         if not own:
             missing.append(prefix + "weight")
             return
+        device = self.weight.device
+        if not (metadata.get("assign_to_params_buffers") or device.type == "meta"):
+            own = {k: t.to(device, copy=True) for k, t in own.items()}
         try:
-            new = QuantizedWeight.from_state(own, self.weight.device)
+            new = QuantizedWeight.from_state(own)
             if new.shape != (self.out_features, self.in_features):
                 raise ValueError(f"it is a weight of {tuple(new.shape)}, not {(self.out_features, self.in_features)}")
         except ValueError as error:
             errors.append(f"{prefix}weight: {error}")
             return
         self._hold(new)
-        bias = {k: t for k, t in state_dict.items() if k == prefix + "bias"}
+        rest = {k: t for k, t in state_dict.items() if k.startswith(prefix) and not k.startswith(prefix + "weight")}
         super()._load_from_state_dict(
-            bias | {prefix + "weight": self.weight}, prefix, metadata, strict, missing, unexpected, errors
+            rest | {prefix + "weight": self.weight}, prefix, metadata, strict, missing, unexpected, errors
         )
 
 

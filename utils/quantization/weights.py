@@ -67,8 +67,8 @@ class QuantizedWeight:
         return self.tensors() | {f"weight.quant_state.bitsandbytes__{self.kind}": words}
 
     @classmethod
-    def from_state(cls, state, like=None):
-        """What `to_state`, or bitsandbytes, wrote. like: a device for the tensors, None for where they are
+    def from_state(cls, state):
+        """What `to_state`, or bitsandbytes, wrote, with the same tensors.
 
         raises ValueError, in one sentence, for anything missing, unexpected or of the wrong shape
         """
@@ -87,11 +87,12 @@ class QuantizedWeight:
         if set(names) != set(state):
             wrong = sorted(set(names) ^ set(state))
             raise ValueError(f"the state has not just {', '.join(names)}: it differs in {', '.join(wrong)}")
-        packed, absmax, code, *nested = (state[n].to(like) if like else state[n] for n in names)
+        packed, absmax, code, *nested = (state[n].reshape(-1).contiguous() for n in names)
         shape, block = torch.Size(words["shape"]), words["blocksize"]
-        blocks, bytes_ = -(-shape.numel() // block), -(-shape.numel() // 2)
+        n = math.prod(shape)  # shape.numel() is 0 for 2^40 x 2^40
+        blocks, bytes_ = -(-n // block), -(-n // 2)
         if packed.dtype != torch.uint8:  # bitsandbytes may store the bytes as another dtype, for FSDP
-            packed = packed.contiguous().view(torch.uint8)
+            packed = packed.view(torch.uint8)
         expected = [("weight", packed, bytes_), ("weight.absmax", absmax, blocks), ("weight.quant_map", code, 16)]
         if nested:
             expected += [("weight.nested_absmax", nested[0], -(-blocks // GROUP)),
@@ -106,9 +107,8 @@ class QuantizedWeight:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} has numbers that are not finite")
         if nested:
-            nested = (torch.tensor(words["nested_offset"], device=absmax.device), *nested)
+            nested = (torch.tensor(words["nested_offset"], dtype=torch.float32, device=absmax.device), *nested)
         return cls(packed.view(-1, 1), absmax, code, kind, shape, words["dtype"], block, nested or None)
-
 
     @classmethod
     def from_bitsandbytes(cls, weight):
@@ -133,12 +133,12 @@ def read_words(tensor):
         words["dtype"] = {name: dtype for dtype, name in DTYPES.items()}[words["dtype"]]
         if "nested_offset" in words:
             words["nested_offset"] = float(words["nested_offset"])
-            if not math.isfinite(words["nested_offset"]):  # JSON as Python reads it has NaN
+            if not abs(words["nested_offset"]) <= torch.finfo(torch.float32).max:  # NaN, which Python's JSON has, too
                 raise ValueError(f"nested_offset is {words['nested_offset']}")
             if words["nested_blocksize"] != GROUP:
                 raise ValueError(f"nested_blocksize is {words['nested_blocksize']}, not {GROUP}")
         words["quant_type"] = str(words["quant_type"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"the description of the 4-bit weight cannot be read: {error!r}") from None
     return words
 
