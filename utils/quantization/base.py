@@ -250,6 +250,8 @@ def replace_layers(model, wanted, make):
         while module.base is not old:
             module = module.base
         module.base = new
+    if getattr(model, "hf_quantizer", None) is not None:  # what it wrote into the configuration is no longer so
+        model.hf_quantizer.remove_quantization_config(model)
     return model
 
 

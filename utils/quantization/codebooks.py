@@ -7,8 +7,8 @@ Lloyd   fitted to a sample, so that the mean squared error is as small as it can
 dynamic 256 numbers over seven decades, for scales and for the moments of 8-bit Adam (Dettmers 2015,
         https://arxiv.org/abs/1511.04561)
 
-All lie in [-1, 1]. All but FP4 are in rising order; FP4's are in the order of their bit patterns. Models are loaded under
-other default dtypes (torch.set_default_dtype); a code book is float32 under each of them.
+All lie in [-1, 1]. All but FP4 are in rising order; FP4's are in the order of their bit patterns. All are
+float32, under whatever torch.set_default_dtype says: models are often built under bfloat16.
 """
 
 from statistics import NormalDist

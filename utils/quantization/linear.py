@@ -40,9 +40,7 @@ class QuantizedProduct(torch.autograd.Function):
 
 def multiply_codes(x, bias, weight):
     """x W'^T + b without a backward pass, by the kernel that suits the number of rows. Arguments: QuantizedProduct's"""
-    return matmul(
-        x, weight.packed, weight.absmax, weight.code, weight.shape, weight.block_size, bias, weight.nested
-    )
+    return matmul(x, weight.packed, weight.absmax, weight.code, weight.shape, weight.block_size, bias, weight.nested)
 
 
 class QuantizedLinear(nn.Linear):
