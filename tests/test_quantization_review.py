@@ -12,9 +12,11 @@ from torch import nn
 
 from utils import INT4, NF4, LoRA, attach, dequantize_base, quantize_base
 from utils.methods.bitfit import BitFit
+from utils.optimizers import AdamW8bit
 from utils.quantization.base import from_bitsandbytes
 from utils.quantization.blocks import affine_blockwise, dequantize_affine, dequantize_blockwise, quantize_blockwise
 from utils.quantization.codebooks import dynamic_codebook, fp4_codebook, int4_codebook, nf4_codebook
+from utils.quantization.linear import QuantizedLinear
 from utils.quantization.weights import QuantizedWeight, quantize_weight
 
 DESCRIPTION = "weight.quant_state.bitsandbytes__nf4"
@@ -201,6 +203,37 @@ def test_a_model_of_bitsandbytes_is_a_plain_one_when_it_is_dequantized(convert, 
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(output(again), output(model))
     assert model.half().dtype == torch.float16
+
+
+def test_a_merge_brings_its_own_code_book():
+    """A file may list a code book in another order: the merged codes are read with the one they were made with."""
+    W = random(8, 64)
+    weight = quantize_weight(W)
+    backwards = quantize_weight(W)
+    backwards.code, backwards.packed = weight.code.flip(0), 255 - weight.packed
+    assert torch.equal(backwards.dequantize(), weight.dequantize())
+    merged = []
+    for base in (weight, backwards):
+        model = nn.Sequential(QuantizedLinear(base))
+        torch.manual_seed(0)
+        adapter = attach(model, LoRA(r=2, init="random_b", targets=("0",)))
+        adapter.merge(requantize=True)
+        merged.append(model[0].core.dequantize())
+        adapter.unmerge()
+        assert torch.equal(model[0].core.dequantize(), weight.dequantize())
+    assert torch.equal(*merged)
+
+
+@pytest.mark.parametrize("step", [None, "1", 1.5])
+def test_an_optimizers_state_counts_its_steps(step):
+    p = nn.Parameter(random(5000))
+    p.grad = torch.ones(5000)
+    optimizer = AdamW8bit([p])
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["step"] = step
+    with pytest.raises(ValueError, match="state of parameter 0"):
+        optimizer.load_state_dict(state)
 
 
 def test_hooks_are_not_lost_in_silence():

@@ -138,6 +138,8 @@ def _fresh_state(p, min_8bit_size):
 
 def _is_state(state, p):
     """Whether this may be the state of p: the right keys, dtypes and sizes, in 8 bits or in float32."""
+    if type(state.get("step")) is not int:
+        return False
     blocks = -(-p.numel() // BLOCK)
     eight = {"m": (torch.uint8, (p.numel(),)), "v": (torch.uint8, (p.numel(),)),
              "m_absmax": (torch.float32, (blocks,)), "v_absmax": (torch.float32, (blocks,))}  # fmt: skip

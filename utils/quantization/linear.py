@@ -96,10 +96,10 @@ class QuantizedLinear(nn.Linear):
 
     def stored(self, quantized):
         """The layer's own tensors, by name, that hold such a weight."""
-        nested = quantized.nested or ()
-        return {"weight": quantized.packed, "absmax": quantized.absmax} | dict(
-            zip(("offset", "absmax2"), nested[:2], strict=False)
-        )
+        own = {"weight": quantized.packed, "absmax": quantized.absmax, "code": quantized.code}
+        if quantized.nested:
+            own["offset"], own["absmax2"], own["code2"] = quantized.nested
+        return own
 
     def extra_repr(self):
         scales = "8-bit scales" if self.double_quant else "float32 scales"
