@@ -205,6 +205,11 @@ def test_a_model_of_bitsandbytes_is_a_plain_one_when_it_is_dequantized(convert, 
     assert model.half().dtype == torch.float16
 
 
+def test_torch_exports_it():
+    block, x = quantized().model.layers[0].mlp, random(1, 3, 32)
+    torch.testing.assert_close(torch.export.export(block, (x,)).module()(x), block(x))
+
+
 def test_a_merge_brings_its_own_code_book():
     """A file may list a code book in another order: the merged codes are read with the one they were made with."""
     W = random(8, 64)

@@ -72,7 +72,7 @@ class QuantizedLinear(nn.Linear):
     def quantized(self):
         nested = None if self.offset is None else (self.offset, self.absmax2, self.code2)
         shape = torch.Size((self.out_features, self.in_features))
-        return QuantizedWeight(self.weight.data, self.absmax, self.code, self.kind, shape, self.dense_dtype,
+        return QuantizedWeight(self.weight.detach(), self.absmax, self.code, self.kind, shape, self.dense_dtype,
                                self.block_size, nested)  # fmt: skip
 
     @property
