@@ -14,7 +14,6 @@ from utils import INT4, NF4, LoRA, attach, dequantize_base, quantize_base
 from utils.methods.bitfit import BitFit
 from utils.optimizers import AdamW8bit
 from utils.quantization.base import from_bitsandbytes
-from utils.quantization.blocks import affine_blockwise, dequantize_affine, dequantize_blockwise, quantize_blockwise
 from utils.quantization.codebooks import dynamic_codebook, fp4_codebook, int4_codebook, nf4_codebook
 from utils.quantization.linear import QuantizedLinear
 from utils.quantization.weights import QuantizedWeight, quantize_weight
@@ -62,10 +61,6 @@ def test_a_block_far_larger_than_the_weight_costs_no_memory(block_size):
     W = random(4, 16)
     expected = quantize_weight(W, "nf4", 64).dequantize()
     assert torch.equal(quantize_weight(W, "nf4", block_size).dequantize(), expected)
-    index, absmax = quantize_blockwise(W, nf4_codebook(), block_size)
-    assert torch.equal(dequantize_blockwise(index, absmax, nf4_codebook(), block_size).view(4, 16), expected)
-    affine = [dequantize_affine(*affine_blockwise(W, size), size) for size in (64, block_size)]
-    assert torch.equal(*affine)
 
 
 # ------------------------------------------------------------------------------------------------- files

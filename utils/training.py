@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 
 from utils.optimizers import AdamW8bit, paged_adamw, paged_adamw8bit
 from utils.training_state import borrowed, load_state, save_state, writable
@@ -76,8 +76,11 @@ def train(model, rows, collate, *, params=None, steps, batch_size=16, lr, optimi
     path = writable(save_to, resume)
 
     with borrowed(model):
+        # what does not train is equal everywhere from the start: the scales of a 4-bit base need not travel every step
+        still = DistributedDataParallelKwargs(broadcast_buffers=False)
         # told that there is no GPU, accelerate joins CPU processes; left to find out, it would train each one alone
-        accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+        cpu = not torch.accelerator.is_available()
+        accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[still])
         _check_machine(accelerator, precision)
         wrapped = accelerator.prepare(model)  # first, as it moves the parameters to where the optimizer will see them
         optim = accelerator.prepare(build(params, lr=lr, weight_decay=weight_decay))

@@ -133,7 +133,7 @@ def quantize_base(model, setting):
 
 def layers_to_quantize(model, setting):
     """The paths of the layers that a setting means. raises ValueError, which names it, for one that cannot be meant"""
-    shared, found = shared_parameters(model), []
+    shared, found, skipped = shared_parameters(model), [], ""
     for path in select(model, setting):
         layer = model.get_submodule(path)
         if isinstance(layer, QuantizedLinear) or is_linear4bit(layer):
@@ -145,8 +145,10 @@ def layers_to_quantize(model, setting):
             found.append(path)
         elif setting.targets != "all-linear":
             raise ValueError(f"{path} cannot be put into 4 bits: {reason}")
+        else:
+            skipped = f" ({path}: {reason})"
     if not found:
-        raise ValueError(f"this {type(model).__name__} has no linear layer to quantize")
+        raise ValueError(f"this {type(model).__name__} has no linear layer to quantize{skipped}")
     return found
 
 
@@ -256,23 +258,30 @@ def replace_layers(model, wanted, make):
 
 
 def quantization_report(model):
-    """What is in 4 bits and what is not: a table in text.
+    """What is in 4 bits and what is not, with the largest of the rest by name: a table in text.
 
     model: any nn.Module   returns a str
     """
-    groups, numbers, packed = {}, 0, 0
+    groups, numbers, packed, rest, seen = {}, 0, 0, {}, set()
     for path, module in module_tree(model):
-        layer = core_of(module)
+        layer, name = core_of(module), path.rsplit(".", 1)[-1]
         if isinstance(layer, QuantizedLinear):
             quantized = layer.quantized
-            key = (path.rsplit(".", 1)[-1], tuple(quantized.shape), layer.kind)
+            key = (name, tuple(quantized.shape), layer.kind)
             groups[key] = groups.get(key, 0) + 1
             numbers, packed = numbers + quantized.shape.numel(), packed + quantized.nbytes()
+        elif is_linear4bit(layer):
+            return f"{type(model).__name__}: in 4 bits by bitsandbytes; from_bitsandbytes(model) puts ours in place"
+        else:
+            own = [p for p in layer.parameters(recurse=False) if id(p) not in seen]  # tied ones count once
+            seen.update(map(id, own))
+            rest[name] = rest.get(name, 0) + sum(p.numel() for p in own)
     if not groups:
         return f"{type(model).__name__}: nothing is in 4 bits"
     width = max(len(name) for name, _, _ in groups)
     lines = [f"{name:<{width}}  {count:>3} x {shape}  {kind}" for (name, shape, kind), count in groups.items()]
     total, size = size_of(p for p in model.parameters() if p.dtype != torch.uint8)
+    largest = ", ".join(f"{name} {rest[name]:,}" for name in sorted(rest, key=rest.get, reverse=True)[:3])
     lines.append(f"in 4 bits: {numbers:,} numbers, {packed:,} bytes, {8 * packed / numbers:.3f} bits each")
-    lines.append(f"beside it: {total:,} numbers, {size:,} bytes")
+    lines.append(f"beside it: {total:,} numbers, {size:,} bytes ({largest})")
     return "\n".join(lines)

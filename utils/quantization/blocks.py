@@ -48,7 +48,7 @@ def dequantize_blockwise(index, absmax, code, block_size=64):
     index: (n,), any integer dtype   absmax: (blocks,) float32   code: (k,) float32   returns (n,) float32
     """
     values = code[index.long()]
-    return values * absmax.repeat_interleave(min(block_size, len(values)))[: len(values)]
+    return values * absmax.repeat_interleave(block_size)[: len(values)]
 
 
 def affine_blockwise(x, block_size=64):
@@ -59,7 +59,6 @@ def affine_blockwise(x, block_size=64):
     returns (index, low, step): (n,) uint8 below 16, (blocks,) float32, (blocks,) float32
     """
     x = x.reshape(-1).float()
-    block_size = min(block_size, len(x))
     filler = x[-1:].expand(-len(x) % block_size)  # of a short last block: neither its smallest nor its largest changes
     blocks = torch.cat([x, filler]).view(-1, block_size)
     low, high = blocks.aminmax(dim=1)
@@ -73,7 +72,7 @@ def dequantize_affine(index, low, step, block_size=64):
 
     index: (n,), any integer dtype   low, step: (blocks,) float32   returns (n,) float32
     """
-    low, step = (t.repeat_interleave(min(block_size, len(index)))[: len(index)] for t in (low, step))
+    low, step = (t.repeat_interleave(block_size)[: len(index)] for t in (low, step))
     return low + index * step
 
 
