@@ -242,5 +242,5 @@ def test_the_report_counts(folders):
     size = 73_728 // 2 + 1_152 + 14 * 4  # half a byte each, a byte per block, and a float32 scale of scales per layer
     assert f"in 4 bits: 73,728 numbers, {size:,} bytes, {8 * size / 73_728:.3f} bits each" in text
     assert f"beside it: {2 * 64 * 64 + 5 * 64:,} numbers" in text  # two embeddings and five norms
-    assert "nf4" in text and "q_proj" in text and "lm_head" not in text
+    assert "nf4" in text and "q_proj" in text and "lm_head 4,096" in text
     assert quantization_report(base("llama", folders)) == "LlamaForCausalLM: nothing is in 4 bits"
