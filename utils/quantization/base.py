@@ -106,6 +106,9 @@ class INT4(FourBit):
 def quantize_base(model, setting):
     """Put the linear layers of a model into 4 bits, in place, one after the other.
 
+    The model has to be in memory unquantized first. One that is too large for that: let transformers load it with
+    BitsAndBytesConfig(**NF4().to_bitsandbytes()), which quantizes while it reads, and call `from_bitsandbytes`, or
+    attach to its layers as they are.
     model: any nn.Module without adapters   setting: NF4(), FP4() or INT4()   returns the model, all of it frozen
     raises ValueError, before anything has changed, for what cannot be quantized
     """
