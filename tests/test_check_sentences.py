@@ -91,6 +91,29 @@ def two_rows(A, B, alpha):
     return torch.cat([B[:2] @ A, alpha / len(A) * B[2:] @ A])
 
 
+@attempt("lora_delta", "Rows 0, 1, 2, 3, 4, 5 and 4 more of 32 are wrong, the others right. First difference at [0, ")
+def ten_rows(A, B, alpha):
+    return torch.cat([B[:10] @ A, alpha / len(A) * B[10:] @ A])
+
+
+@attempt("nf4_codebook", "Wrong shape: yours (3,), expected (16,), with the defaults.")
+def three_in_a_tensor(offset=0.97):
+    return torch.tensor([-1.0, 0, 1])
+
+
+@attempt("nearest_code", "First difference at [", "expected ", ". The case: values (")
+def a_place_too_far(values, code):
+    return (find("nearest_code").reference(values, code).int() * 3 % 16).to(torch.uint8)
+
+
+@attempt("requantized_merge", "merged: Largest difference at [", "kind='nf4', block_size=64, double_quant=False.")
+def scales_in_half(W, delta, *settings):
+    merged, lost = find("requantized_merge").reference(W, delta, *settings)
+    if merged.nested is None:
+        merged.absmax = merged.absmax * 1.0006
+    return merged, lost
+
+
 @attempt("lora_delta", "Wrong device: the inputs are on cpu, you returned a tensor on meta.")
 def on_meta(A, B, alpha):
     return (alpha / len(A) * B @ A).to("meta")
@@ -187,7 +210,7 @@ def one_byte_more(terms, devices, stage):
     return {name: size + (name == "gradients") for name, size in find("shard").reference(terms, devices, stage).items()}
 
 
-@attempt("llama_parameters", "With vocab=32000, d=4096, ", "yours 6,738,415,617, expected 6,738,415,616; 1 too much.")
+@attempt("llama_parameters", "With vocab=32,000, d=4,096, ", "yours 6,738,415,617, expected 6,738,415,616; 1 too much.")
 def one_parameter_more(*sizes):
     return find("llama_parameters").reference(*sizes) + 1
 
@@ -202,7 +225,7 @@ def a_little_more(*sizes):
     return find("block_kept").reference(*sizes) + 264
 
 
-@attempt("units", "With size=13476831232: your second value is 12.5, expected 12.5512771606.")
+@attempt("units", "With size=13,476,831,232: your second value is 12.5, expected 12.55.")
 def rounded_down(size):
     return size / 1e9, size / 2**30 // 0.5 * 0.5
 
@@ -217,6 +240,12 @@ def rows_when_nothing_is_left(step, room, tried=()):
     states = step["weights"] + step["gradients"] + step["optimizer"]
     last = states == room and "4 bits" in tried and "shorter rows" not in tried
     return "shorter rows" if last else find("next_remedy").reference(step, room, tried)
+
+
+@attempt("quantize_blockwise", "Right values, wrong dtype: absmax is to be float32, you returned float64.")
+def absmax_in_float64(*inputs):
+    index, absmax = find("quantize_blockwise").reference(*inputs)
+    return index, absmax.double()
 
 
 @attempt("adamw_update", "Right values, wrong dtype: p is bfloat16, you returned float32.")

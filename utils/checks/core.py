@@ -57,7 +57,7 @@ class Mistake:
     def sentence(self, numbers):
         if callable(self.says):
             return self.says(numbers)
-        shown = {k: f"{v:g}" if isinstance(v, (int, float)) else v for k, v in numbers.items()}
+        shown = {k: f"{v:,g}" if isinstance(v, (int, float)) else v for k, v in numbers.items()}
         return self.says.format(**shown)
 
 
@@ -89,6 +89,7 @@ class Exercise:
     kinds         kind -> the sentence for an attempt that fails for that kind of case only
     explain       key of a findings dict, or words of an error message -> the sentence to add; "None" -> the one for a
                   None where it is no answer
+    returns       the names of the returned values, where there are several
     tolerance     relative to the largest entry; None: by dtype      agrees: (want, got) -> bool, to replace it
     """
 
@@ -105,6 +106,7 @@ class Exercise:
     base: Callable | None = None
     kinds: dict = field(default_factory=dict)
     explain: dict = field(default_factory=dict)
+    returns: tuple = ()
     tolerance: float | None = None
     agrees: Callable | None = None
 

@@ -25,7 +25,7 @@ def diagnose(exercise, attempt, cases, got):
     trials = list(zip(cases, wanted, got, strict=True))
     failed = [not agrees(exercise, case, want, out) for case, want, out in trials]
     if not any(failed):
-        return about_side_effects(trials) or about_dtype(trials) or about_gradients(exercise, attempt, trials)
+        return about_side_effects(trials) or about_dtype(exercise, trials) or about_gradients(exercise, attempt, trials)
     if any(wrong and not case.later for case, wrong in zip(cases, failed, strict=True)):
         kept = [i for i, case in enumerate(cases) if not case.later]
         cases, got, trials, failed = ([some[i] for i in kept] for some in (cases, got, trials, failed))
@@ -68,16 +68,24 @@ def about_side_effects(trials):
     return None
 
 
-def about_dtype(trials):
+def about_dtype(exercise, trials):
     for case, want, out in trials:
-        for mine, ours in zip(tensors(out.value), tensors(want.value), strict=True):
+        for i, (mine, ours) in enumerate(zip(tensors(out.value), tensors(want.value), strict=True)):
             if mine.dtype == ours.dtype:
                 continue
-            alike = [(k, v) for k, v in case.inputs.items() if any(t.dtype == ours.dtype for t in tensors(v))]
+            alike = [(k, v) for k, v in case.inputs.items() if follows(k, i, trials)]
             holds = "is" if alike and isinstance(alike[0][1], torch.Tensor) else "holds"
             reason = f"{alike[0][0]} {holds} {short(ours.dtype)}" if alike else f"{short(ours.dtype)} is expected"
+            if exercise.returns and not alike:
+                reason = f"{exercise.returns[i]} is to be {short(ours.dtype)}"
             return f"Right values, wrong dtype: {reason}, you returned {short(mine.dtype)}."
     return None
+
+
+def follows(name, i, trials):
+    """Whether the i-th wanted tensor has the dtype of this input in every case, and not the same one in all of them."""
+    pairs = [(tensors(want.value)[i].dtype, tensors(case.inputs.get(name))) for case, want, _ in trials]
+    return len({dtype for dtype, _ in pairs}) > 1 and all(any(t.dtype == dtype for t in held) for dtype, held in pairs)
 
 
 def about_gradients(exercise, attempt, trials):

@@ -3,17 +3,47 @@
 import inspect
 import traceback
 
+import torch
+
 from utils.checks.values import described
 
 
 def wrong_kind(exercise, attempt):
-    """A sentence when a class is expected and the attempt is a function, or the reverse."""
+    """A sentence when a class is expected and the attempt is a function, or the reverse, or another kind of class."""
     ours, yours = ("class" if isinstance(f, type) else "function" for f in (exercise.reference, attempt))
-    return f"A {ours} is expected, and yours is a {yours}." if ours != yours else None
+    if ours != yours:
+        return f"A {ours} is expected, and yours is a {yours}."
+    if ours == "class" and issubclass(exercise.reference, torch.autograd.Function):
+        return not_static(attempt)
+    return None
+
+
+def not_static(attempt):
+    """A sentence for a class that is no torch.autograd.Function, or whose methods are not static; else None."""
+    if not issubclass(attempt, torch.autograd.Function):
+        return "Your class is not a torch.autograd.Function: write that in the parentheses after its name."
+    plain = [name for name in ("forward", "setup_context", "backward") if inspect.isfunction(vars(attempt).get(name))]
+    if not plain:
+        return None
+    if with_self(attempt):
+        return f"Write @staticmethod above {with_self(attempt)}, and let ctx be its first parameter: there is no self."
+    return f"Write @staticmethod above {' and '.join(plain)}: PyTorch calls them on the class, and there is no object."
 
 
 def signature(attempt):
     return inspect.signature(attempt.forward if isinstance(attempt, type) else attempt)
+
+
+def fits(attempt, reference):
+    """Whether the attempt can be called with as many arguments as the reference, and with no more than it needs."""
+    parameters = signature(reference).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    try:
+        for count in (len(needed), len(parameters)):
+            signature(attempt).bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def with_self(attempt):
@@ -47,10 +77,8 @@ def about_error(exercise, attempt, error):
     message = " ".join(str(error).split()).rstrip(".")
     message = message if len(message) <= 200 else message[:197] + "..."
     frames = own_frames(error, attempt)
-    if isinstance(error, TypeError) and not frames and "argument" in message:  # the call itself failed
-        method = with_self(attempt) if isinstance(attempt, type) else None
-        if method:
-            return f"Write @staticmethod above {method}, and let ctx be its first parameter: there is no self."
+    from_outside = isinstance(error, TypeError) and not frames
+    if from_outside and ("keyword argument" in message or not fits(attempt, exercise.reference)):
         return f"It is called as {exercise.name}{signature(exercise.reference)}; yours takes {signature(attempt)}."
     where = f"Line {frames[-1].lineno}, `{frames[-1].line}`, raises" if frames else "It raises"
     hint = next((f" {says}" for words, says in exercise.explain.items() if words in message), "")

@@ -111,6 +111,14 @@ NF4_CODEBOOK = Exercise(
         Mistake("zero_three_times", codebook(keep=slice(None), keep_negative=slice(None)), TWO_ZEROS),
         Mistake("zero_from_both_sides", codebook(zeros=0, keep=slice(None), keep_negative=slice(None)), TWO_ZEROS),
         Mistake("two_zeros_of_16", codebook(8, 8, zeros=0, keep=slice(None), keep_negative=slice(None)), TWO_ZEROS),
+        Mistake("no_cut", codebook(8, 7, keep=slice(None), keep_negative=slice(None)),
+                "You spaced 8 and 7 probabilities down to 1/2, whose quantile is zero: zero is in it three times. "
+                "Space 9 and 8, and leave out the last of each."),
+        Mistake("seventeen", codebook(negative=9),
+                "Yours has 17 numbers, 8 on each side of zero. Four bits make 16: the negative side has 7, from 8 "
+                "probabilities without the last."),
+        Mistake("positive_alone", codebook(negative=1, zeros=0),
+                "Yours has the 8 positive numbers alone. 0 and 7 negative ones are missing."),
         Mistake("wrong_end", codebook(keep=slice(1, None), keep_negative=slice(1, None)),
                 "You dropped the outermost probability and kept 1/2. It is the other way round: the quantile at 1/2 "
                 "is zero, which you put in once by hand."),
@@ -164,7 +172,8 @@ NF4_CODEBOOK = Exercise(
 
 
 def nearest_cases(rng):
-    """Values well away from the midpoints, so that neither ties nor rounding decide."""
+    """Values well away from the midpoints, so that neither ties nor rounding decide; in the last case just beside them,
+    so that float16 or fewer digits would."""
     found = []
     for code, count, kinds in (
         (nf4_codebook(), pick(rng, 30, 40), ()),
@@ -177,7 +186,10 @@ def nearest_cases(rng):
             places = places[places % 8 > 0]  # FP4 has zero twice, and either will do
         values = near(rng, code, places)
         found.append(Case({"values": values, "code": code}, kinds, {"k": len(code)}, later="unsorted" in kinds))
-    return found
+    code = nf4_codebook()
+    beside = 3e-5 * (1 + 0.2 * torch.rand(15, generator=rng))
+    values = torch.cat([midpoints_of(code) - beside, midpoints_of(code) + beside])
+    return [*found, Case({"values": values, "code": code}, ("close",), {"k": 16}, later=True)]
 
 
 def midpoints_of(code):
@@ -218,6 +230,10 @@ def by_loop(values, code):
     numbers = code.tolist()
     places = [min(range(len(numbers)), key=lambda i: abs(numbers[i] - v)) for v in values.tolist()]
     return torch.tensor(places, dtype=torch.uint8)
+
+
+def in_float16(values, code):
+    return (values.half()[:, None] - code.half()).abs().argmin(1).to(torch.uint8)
 
 
 def the_upper_of_two(values, code):
@@ -277,13 +293,18 @@ NEAREST_CODE = Exercise(
         Mistake("inverse_order", by_inverse_order,
                 "Right for a code book that rises. For FP4's you took the inverse of the order: order[i] itself is "
                 "where the i-th smallest number stood."),
+        Mistake("sixteen_only", lambda values, code: nearest_code(values, code[:16]), None, "look at 16 numbers only"),
+        Mistake("in_float16", in_float16, None, "Right but close to the midpoint of two numbers"),
         Mistake("in_int64", lambda values, code: nearest_code(values, code).long(), None,
                 "wrong dtype: uint8 is expected, you returned int64"),
         Mistake("as_a_column", lambda values, code: nearest_code(values, code)[:, None], None, "Wrong shape: yours ("),
     ),
     alternatives=(by_distance(torch.argmin), by_distance(torch.argmin, torch.square), by_loop, the_upper_of_two,
                   by_cdist),
-    kinds={"many": "Right for small code books and wrong for one of 256. Which numbers does your dtype hold?",
+    kinds={"many": "Right for small code books and wrong for one of 256. Which numbers does your dtype hold, or do "
+           "you look at 16 numbers only?",
+           "close": "Right but close to the midpoint of two numbers, where it takes the farther one. Do you round "
+           "before you compare, to float16 or to a few digits? Compare in float32.",
            "unsorted": "Right for a code book that rises, and wrong for FP4's, whose numbers are in the order of their "
            "bit patterns."},
     fact="bucketize is a binary search: 4 comparisons find one of 16, and no table of all distances is made.",

@@ -40,6 +40,7 @@ def quantize_cases(rng):
         ((5, pick(rng, 7, 11)), nf4, 64, ("short",)),
         ((4, 8), nf4, 8, ("zeros",)),
         ((6, 4), nf4, 8, ("transposed",)),
+        ((3, 32), nf4, 16, ("small",)),
     ):
         n, size = torch.Size(shape).numel(), block_size or 64
         counts = [min(size, n - start) for start in range(0, n, size)]
@@ -53,8 +54,10 @@ def quantize_cases(rng):
             x[pick(rng, 1, 2)] = 0
         elif "transposed" in kinds:
             x = x.T.contiguous().T
+        elif "small" in kinds:
+            x = 1e-12 * x
         inputs = {"x": x, "code": code} | ({"block_size": block_size} if block_size else {})
-        later = bool({"zeros", "transposed"} & set(kinds))
+        later = bool({"zeros", "transposed", "small"} & set(kinds))
         found.append(Case(inputs, kinds, {"block_size": size, "blocks": len(counts)}, later=later))
     half = {"x": in_bfloat16(rng, nf4), "code": nf4}
     return [*found, Case(half, ("bf16",), {"block_size": 64, "blocks": 40}, later=True)]
@@ -108,6 +111,40 @@ def by_rows_of(x, code, block_size=64):
 
 def by_columns(x):
     return x.mT.reshape(-1) if x.ndim > 1 else x
+
+
+def anew_in_each_row(x, code, block_size=64):
+    rows = x.float() if x.ndim > 1 else x.float()[None]
+    found = [quantize_blockwise(row, code, block_size) for row in rows]
+    return torch.cat([index for index, _ in found]), torch.cat([absmax for _, absmax in found])
+
+
+def largest_of_columns(x, code, block_size=64):
+    """One block per row, and the largest of each column."""
+    n = x.numel()
+    blocks = F.pad(x.reshape(-1).float(), (0, -n % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(0)
+    return nearest_code((blocks / absmax.clamp(min=TINY)).reshape(-1), code)[:n], absmax
+
+
+def rest_may_be_empty(x, code, block_size=64):
+    numbers = x.reshape(-1).float()
+    whole = len(numbers) // block_size * block_size
+    absmax = numbers[whole:].abs().max()
+    index, others = quantize_blockwise(numbers[:whole], code, block_size)
+    return torch.cat([index, nearest_code(numbers[whole:] / absmax, code)]), torch.cat([others, absmax[None]])
+
+
+def padded_in_front(x, code, block_size=64):
+    numbers = x.reshape(-1).float()
+    index, absmax = quantizer()(F.pad(numbers, (-len(numbers) % block_size, 0)), code, block_size)
+    return index[-len(numbers) :], absmax
+
+
+def std_with_padding(x, code, block_size=64):
+    n = x.numel()
+    blocks = F.pad(x.reshape(-1).float(), (0, -n % block_size)).view(-1, block_size)
+    return nearest_code((blocks / blocks.std(1).clamp(min=TINY)[:, None]).reshape(-1), code)[:n], blocks.std(1)
 
 
 def interleaved(x, code, block_size=64):
@@ -210,6 +247,10 @@ ONE_SCALE = (
     "All weights share one absmax: your blocks are not apart. Then one huge weight spoils the whole tensor; each block "
     "of {block_size} needs its own."
 )
+STD = (
+    "You divided by the standard deviation. The largest weight would lie far outside [-1, 1] and be cut off: divide by "
+    "the largest magnitude."
+)
 PADDED = (
     "You filled up the last block with numbers that change its absmax. Fill it with zeros, or do that block by itself."
 )
@@ -229,9 +270,8 @@ QUANTIZE_BLOCKWISE = Exercise(
         Mistake("signed_absmax", quantizer(signed_largest),
                 "Your absmax has the sign of the largest weight. absmax is positive; the code book has -1 as well as "
                 "1."),
-        Mistake("std", quantizer(torch.std),
-                "You divided by the standard deviation. The largest weight would lie far outside [-1, 1] and be cut "
-                "off: divide by the largest magnitude."),
+        Mistake("std", quantizer(torch.std), STD),
+        Mistake("std_with_padding", std_with_padding, STD),
         Mistake("mean", quantizer(lambda block: block.abs().mean()),
                 "You divided by the mean magnitude. Weights above it would be cut off at 1: divide by the largest."),
         Mistake("norm", quantizer(torch.linalg.norm),
@@ -244,6 +284,14 @@ QUANTIZE_BLOCKWISE = Exercise(
                 "Your blocks run down the columns. They follow the weight as it lies in memory: row after row."),
         Mistake("rows", by_rows_of,
                 "You made one block of each row. Blocks hold block_size numbers, wherever a row ends."),
+        Mistake("anew_in_each_row", anew_in_each_row,
+                "Your blocks begin anew in each row. They run on through the whole weight: block_size neighbours, "
+                "wherever a row ends."),
+        Mistake("largest_of_columns", largest_of_columns,
+                "With a block in each row you took the largest of each column. amax(1) goes along the rows, and gives "
+                "one number per block."),
+        Mistake("always_64", lambda x, code, block_size=64: quantize_blockwise(x, code),
+                "You wrote 64. Use the argument block_size: it is {block_size} here."),
         Mistake("interleaved", interleaved,
                 "Your blocks take every so-many-th number. A block is block_size neighbours: view(-1, block_size) puts "
                 "one in each row."),
@@ -254,6 +302,9 @@ QUANTIZE_BLOCKWISE = Exercise(
         Mistake("padded_with_ones", padded_with(lambda numbers, count: torch.ones(count)), PADDED),
         Mistake("padded_with_the_first", padded_with(lambda numbers, count: numbers[:1].expand(count)), PADDED),
         Mistake("padded_cyclically", padded_with(lambda numbers, count: numbers.repeat(count + 1)[:count]), PADDED),
+        Mistake("padded_in_front", padded_in_front,
+                "You put the zeros before the first number, so that every block begins elsewhere. They come after the "
+                "last number."),
         Mistake("padding_left", padding_left,
                 "Your index still holds the zeros that filled up the last block. Cut it to x.numel() numbers."),
         Mistake("not_scaled", quantizer(scaled=lambda block, scale: block),
@@ -268,22 +319,32 @@ QUANTIZE_BLOCKWISE = Exercise(
         Mistake("one_for_zero", quantizer(one_for_zero),
                 "A block of zeros has absmax 0, and you return 1 for it. Divide by something else than 0 there, and "
                 "return what absmax is."),
+        Mistake("at_least_1e-8", quantizer(scaled=lambda block, scale: block / scale.clamp(min=1e-8)), None,
+                "all below 1e-8"),
+        Mistake("plus_1e-8", quantizer(scaled=lambda block, scale: block / (scale + 1e-8)), None, "all below 1e-8"),
+        Mistake("rest_may_be_empty", rest_may_be_empty, None, "there is no rest"),
         Mistake("no_guard", no_guard, None, "A block of zeros comes out wrong: 0 / 0 is NaN"),
         Mistake("divided_in_bfloat16", divided_in_bfloat16, None, "Right in float32 and wrong in bfloat16"),
         Mistake("whole_blocks_only", by_view, None, SHORT),
         Mistake("view", by_view_of_x, None, "fails where its rows do not lie one after the other"),
         Mistake("index_in_shape", lambda x, *rest: (quantize_blockwise(x, *rest)[0].view(x.shape),
-                quantize_blockwise(x, *rest)[1]), None, "The first returned value: Wrong shape"),
+                quantize_blockwise(x, *rest)[1]), None, "The first returned value, index: Wrong shape"),
         Mistake("absmax_as_a_column", quantizer(done=lambda index, absmax: (index, absmax[:, None])), None,
-                "The second returned value: Wrong shape"),
+                "The second returned value, absmax: Wrong shape"),
         Mistake("absmax_in_bfloat16", lambda x, *rest: (quantize_blockwise(x, *rest)[0],
-                quantize_blockwise(x, *rest)[1].to(x.dtype)), None, "you returned bfloat16"),
+                quantize_blockwise(x, *rest)[1].to(x.dtype)), None, "absmax is to be float32, you returned bfloat16"),
         Mistake("in_place", in_place, None, "Your function changed x"),
         Mistake("index_alone", quantizer(done=lambda index, absmax: index), None, "a Tensor, and a tuple of 2"),
     ),
     alternatives=(quantizer(), by_padding, by_scatter, padded_with(lambda numbers, count: torch.zeros(count))),
+    returns=("index", "absmax"),
+    explain={
+        "Expected reduction dim": "Where the blocks are whole there is no rest, and of no numbers none is the largest.",
+    },
     kinds={
         "short": SHORT,
+        "small": "Blocks of small numbers (all below 1e-8) come out wrong: what stands in for an absmax of 0 must be "
+        "smaller than any absmax. Use TINY.",
         "zeros": "A block of zeros comes out wrong: 0 / 0 is NaN, and NaN is near to nothing. Divide by a tiny number "
         "instead of an absmax of 0.",
         "bf16": "Right in float32 and wrong in bfloat16. Divide in float32: a quotient in bfloat16 has 8 significant "

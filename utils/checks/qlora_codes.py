@@ -82,6 +82,12 @@ def lloyd_no_mean(values, code):
     return stepping(torch.sum)(values, code) / torch.where(count > 0, len(values), 1)
 
 
+def lloyd_from_the_old(values, code):
+    """The sum starts at the old number."""
+    groups = groups_of(values, code)
+    return torch.stack([(number + g.sum()) / max(len(g), 1) for g, number in zip(groups, code, strict=True)])
+
+
 def lloyd_one_more(values, code):
     return stepping(lambda group: group.sum() / (len(group) + 1), torch.zeros_like)(values, code)
 
@@ -134,8 +140,8 @@ def lloyd_by_matrix(values, code):
 
 
 ENDS = (
-    "You held the two ends of the code book. That is the business of `lloyd_codebook`, which puts them back after each "
-    "step; here every number that has values moves."
+    "You held the two ends of the code book. Whoever needs -1 and 1 in it puts them back after each step; in the step "
+    "itself every number that has values moves."
 )
 IDLE_TO_ZERO = (
     "A number that got no value became 0: its sum is 0, divided by something you put in place of a count of 0. It "
@@ -153,6 +159,15 @@ LLOYD_STEP = Exercise(
                 "values. Let each value look for its number, then take the mean of all that chose it."),
         Mistake("sum", stepping(torch.sum),
                 "You took the sum of the values that chose a number. Divide by how many they are."),
+        Mistake("sum_of_all", stepping(torch.sum, torch.zeros_like),
+                "You took the sum of the values that chose a number. Divide by how many they are."),
+        Mistake("from_the_old", lloyd_from_the_old,
+                "Your sum starts at the old number. It starts at 0: only the values count."),
+        Mistake("half_way", holding(lambda new, code: (new + code) / 2),
+                "You moved each number half of the way. It moves onto the mean of its values."),
+        Mistake("magnitudes", stepping(lambda group: group.abs().mean()),
+                "You took the mean of magnitudes. The mean of the values themselves is wanted, and it may be "
+                "negative."),
         Mistake("mean_of_all", lloyd_no_mean,
                 "You divided by n = {n}, all values. Divide by how many chose this number."),
         Mistake("idle_nan", stepping(torch.mean, lambda number: number * torch.nan),
@@ -366,13 +381,14 @@ QUANTIZE_SCALES = Exercise(
         Mistake("two_values", returning(lambda index, offset, absmax2: (index, absmax2)), None,
                 "a tuple of 2, and a tuple of 3 is expected"),
         Mistake("offset_a_float", returning(lambda index, offset, absmax2: (index, offset.item(), absmax2)), None,
-                "The second returned value: Yours returned a float, and a Tensor is expected"),
+                "The second returned value, offset: Yours returned a float, and a Tensor is expected"),
         Mistake("wide_index", returning(lambda index, offset, absmax2: (index.long(), offset, absmax2)), None,
-                "wrong dtype: uint8 is expected, you returned int64"),
+                "wrong dtype: index is to be uint8, you returned int64"),
         Mistake("whole_groups_only", whole_groups_only, None, "the last group may be short"),
         Mistake("in_place", scales_in_place, None, "Your function changed absmax (max difference "),
     ),
     alternatives=(scales_by_groups, scales_by_padding, scales_as_a_list),
+    returns=("index", "offset", "absmax2"),
     kinds={"short": "Right where the scales fill whole groups, and wrong where not: the last group may be short."},
     fact=f"256 scales were {256 * 32:,} bits and are {256 * 8 + 32:,} now: 256 indices and one float32.",
 )
@@ -434,6 +450,8 @@ def bits_by_fractions(bits=4, block_size=64, double_quant=True, group=256):
 
 SAVED = blocks.bits_per_number(double_quant=False) - blocks.bits_per_number()
 
+ROUNDED = "You rounded. Do not round here: keep all digits, and round where you print."
+
 BITS_PER_NUMBER = Exercise(
     name="bits_per_number",
     reference=blocks.bits_per_number,
@@ -490,8 +508,20 @@ BITS_PER_NUMBER = Exercise(
         Mistake("whole", counting(lambda bits, block, group: bits + (8 + 32 // group) // block,
                                   lambda bits, block, group: bits + 32 // block),
                 "// drops the fraction, and the scales cost a fraction of a bit. Use /."),
-        Mistake("rounded", both(lambda all_bits, bits: round(all_bits, 3)),
-                "You rounded. Keep all digits here, and round where you print."),
+        Mistake("rounded", both(lambda all_bits, bits: round(all_bits, 3)), ROUNDED),
+        Mistake("rounded_if_double", counting(lambda bits, block, group: round(right(bits, block, group), 3)), ROUNDED),
+        Mistake("table", counting(lambda *_: 4.127, lambda *_: 4.5),
+                "You typed two numbers, which hold for 4 bits, blocks of 64 and groups of 256; and the first of them "
+                "is rounded. Compute it from the arguments, and do not round."),
+        Mistake("defaults", counting(lambda bits, block, group: right(bits, 64, 256),
+                                     lambda bits, block, group: bits + 32 / 64),
+                "You wrote 64 and 256. Use the arguments block_size and group: they are {block_size} and {group} "
+                "here."),
+        Mistake("precedence", counting(lambda bits, block, group: bits + 8 / block + 32 / block * group),
+                "Python divides by block_size and then multiplies by group. 32 / (block_size * group) is meant."),
+        Mistake("both_added", counting(lambda bits, block, group: right(bits, block, group) + 32 / block),
+                "You counted the scales twice where they are double quantized, in 32 bits and in 8. The 8 bits take "
+                "the place of the 32."),
         Mistake("a_pair", both(lambda all_bits, bits: (bits, all_bits - bits)), None,
                 "Yours returned a tuple of 2, and a number is expected"),
     ),

@@ -22,7 +22,17 @@ from utils.quantization.weights import QuantizedWeight, quantize_weight
 
 @dataclass(repr=False)
 class Weight(QuantizedWeight):
-    """A QuantizedWeight whose sentence is short."""
+    """A QuantizedWeight whose sentence is short, and which counts how often any is unpacked."""
+
+    unpacked = 0  # no annotation: of the class, since a copy counts too
+
+    def scales(self):
+        Weight.unpacked += 1
+        return super().scales()
+
+    def dequantize(self, dtype=None):
+        Weight.unpacked += 1
+        return super().dequantize(dtype)
 
     def __repr__(self):
         return f"{self.kind} {tuple(self.shape)}"
@@ -84,7 +94,11 @@ def product_findings(attempt, x, bias, weight, grad):
     found = {"output": y.detach(), "dtype of the output": str(y.dtype)}
     if y.dtype != x.dtype:
         return found
+    before = Weight.unpacked
     y.backward(grad)
+    if not x.requires_grad:
+        found["unpacked for nothing"] = Weight.unpacked - before
+    # A bias gradient with more axes than bias, grad itself even, is right too: autograd sums it over them.
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:
             found[f"gradient of {name}"] = tensor.grad
@@ -209,11 +223,11 @@ class OwnDtype(QuantizedProduct):
     @staticmethod
     def backward(ctx, grad):
         dbias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return grad @ ctx.weight.dequantize(), dbias, None
+        return grad @ ctx.weight.dequantize() if ctx.needs_input_grad[0] else None, dbias, None
 
 
 class OwnDtypeBackward(QuantizedProduct):
-    backward = OwnDtype.backward
+    backward = staticmethod(OwnDtype.backward)
 
 
 class InFloat32(QuantizedProduct):
@@ -261,6 +275,54 @@ def too_few(found, grad):
     del found[2]
 
 
+def bias_for_the_weight(found, grad):
+    found[1], found[2] = None, found[1]
+
+
+class SavesTheWeight(torch.autograd.Function):
+    """save_for_backward takes no QuantizedWeight."""
+
+    @staticmethod
+    def forward(ctx, x, bias, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight.dequantize(grad.dtype), None, None
+
+
+class AlwaysUnpacks(QuantizedProduct):
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dbias, _ = QuantizedProduct.backward(ctx, grad)
+        ctx.weight.dequantize(grad.dtype)
+        return dx, dbias, None
+
+
+class NotStatic(torch.autograd.Function):
+    def forward(ctx, x, bias, weight):
+        return QuantizedProduct.forward(ctx, x, bias, weight)
+
+    def backward(ctx, grad):
+        return QuantizedProduct.backward(ctx, grad)
+
+
+class AModule(torch.nn.Module):
+    def forward(self, x, bias, weight):
+        return F.linear(x, weight.dequantize(x.dtype), bias)
+
+
+class BiasNotSummed(QuantizedProduct):
+    """Right as well: autograd sums a gradient to the shape of what it belongs to."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dbias, _ = QuantizedProduct.backward(ctx, grad)
+        return dx, None if dbias is None else grad, None
+
+
 class ByHand(torch.autograd.Function):
     """With the chapter's own functions, and the gradient of the bias whether it is asked for or not."""
 
@@ -278,7 +340,9 @@ class ByHand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        dx = torch.einsum("...o,oi->...i", grad, ByHand.unpacked(ctx.codes, grad.dtype))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.einsum("...o,oi->...i", grad, ByHand.unpacked(ctx.codes, grad.dtype))
         return dx, torch.einsum("...o->o", grad) if ctx.has_bias else None, None
 
 
@@ -298,9 +362,10 @@ class InNewStyle(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         packed, bias = ctx.saved_tensors
-        W = replace(ctx.rest, packed=packed).dequantize(grad.dtype)
-        dbias = None if bias is None else grad.sum(tuple(range(grad.ndim - 1)))
-        return grad.matmul(W), dbias, None
+        dx, dbias = None, None if bias is None else grad.sum(tuple(range(grad.ndim - 1)))
+        if ctx.needs_input_grad[0]:
+            dx = grad.matmul(replace(ctx.rest, packed=packed).dequantize(grad.dtype))
+        return dx, dbias, None
 
 
 class BoundMethod(QuantizedProduct):
@@ -314,7 +379,7 @@ class BoundMethod(QuantizedProduct):
     @staticmethod
     def backward(ctx, grad):
         dbias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return grad @ ctx.unpack(grad.dtype), dbias, None
+        return grad @ ctx.unpack(grad.dtype) if ctx.needs_input_grad[0] else None, dbias, None
 
 
 W_STAYS = (
@@ -357,25 +422,34 @@ PRODUCT = Exercise(
         Mistake("still_flat", altered(still_flat), None, "A gradient has the shape of what it belongs to"),
         Mistake("always_bias", altered(always_bias), None, "When bias is None its gradient is None"),
         Mistake("too_few", altered(too_few), None, "One value for each argument of forward"),
+        Mistake("bias_for_the_weight", altered(bias_for_the_weight), None, "The order is x, bias, weight"),
+        Mistake("saves_the_weight", SavesTheWeight, None, "save_for_backward takes tensors only"),
+        Mistake("always_unpacks", AlwaysUnpacks, None, "W' need not be unpacked"),
+        Mistake("not_static", NotStatic, None, "Write @staticmethod above forward and backward"),
+        Mistake("a_module", AModule, None, "not a torch.autograd.Function"),
         Mistake("own_dtype", OwnDtype, None, "unpack to the dtype of what you multiply it with"),
         Mistake("own_dtype_backward", OwnDtypeBackward, None, "unpack to the dtype of what you multiply it with"),
         Mistake("in_float32", InFloat32,
                 "Right in float32. With x in bfloat16 your output is float32: unpack to x's dtype, "
                 "weight.dequantize(x.dtype), and return that."),
     ),
-    alternatives=(ByHand, InNewStyle, BoundMethod),
+    alternatives=(ByHand, InNewStyle, BoundMethod, BiasNotSummed),
     explain={
         "kept for the backward pass": "The numbers are right, but {yours} are kept beside the codes. Whatever is made "
         "from them can be made again in backward.",
         "incorrect number of gradients": "One value for each argument of forward, three here: the last is None.",
+        "different than None at position 3": "The order is x, bias, weight, and the third is None: is your bias "
+        "gradient in the place of weight?",
+        "save_for_backward can only save": "save_for_backward takes tensors only; put the QuantizedWeight on ctx: "
+        "ctx.weight = weight.",
         "different than None": "When bias is None its gradient is None too: ask ctx.needs_input_grad[1].",
         "invalid gradient": "A gradient has the shape of what it belongs to: that of x all of x's axes.",
     },
     kinds={
         "mixed": "Right while x has the dtype that the weight had before it was quantized. Here it has another: unpack "
         "to the dtype of what you multiply it with, weight.dequantize(x.dtype), and grad.dtype in backward.",
-        "x frozen": "Right while x needs a gradient. Here it needs none, as in a model's first layer: "
-        "ctx.needs_input_grad[0] tells.",
+        "x frozen": "Right while x needs a gradient. Here it needs none, as in a model's first layer, and "
+        "W' need not be unpacked again: ctx.needs_input_grad[0] tells.",
         "bias": "Right without a bias and wrong with one. It is added to y; its gradient is dL/dy summed over the "
         "tokens.",
     },
@@ -411,9 +485,11 @@ def meant_by(attempt, *inputs):
     fields = attempt(*inputs)
     if not isinstance(fields, dict):
         return fields
-    config = BitsAndBytesConfig(**fields)
     unknown = sorted(set(fields) - set(inspect.signature(BitsAndBytesConfig).parameters))
-    return {name: str(getattr(config, field)) for field, name in MEANT.items()} | {"unknown": ", ".join(unknown)}
+    if unknown:
+        return {"unknown": ", ".join(unknown)}
+    config = BitsAndBytesConfig(**fields)
+    return {"unknown": ""} | {name: str(getattr(config, field)) for field, name in MEANT.items()}
 
 
 def asking(changes=(), without=(), use=lambda *given: given):
@@ -433,6 +509,11 @@ def misspelt(kind="nf4", double_quant=True, compute_dtype=torch.bfloat16):
 
 def short_names(kind="nf4", double_quant=True, compute_dtype=torch.bfloat16):
     return {"load_in_4bit": True, "quant_type": kind, "use_double_quant": double_quant, "compute_dtype": compute_dtype}
+
+
+def other_kind(kind="nf4", double_quant=True, compute_dtype=torch.bfloat16):
+    return {"load_in_4bits": True, "bnb_4bit_kind": kind, "bnb_4bit_use_double_quant": double_quant,
+            "bnb_4bit_compute_dtype": compute_dtype}  # fmt: skip
 
 
 def in_capitals(kind="nf4", double_quant=True, compute_dtype=torch.bfloat16):
@@ -511,6 +592,7 @@ FIELDS = Exercise(
         Mistake("short_names", short_names,
                 "The fields begin with bnb_4bit_. transformers takes unknown names without an error, and the defaults "
                 "stay: FP4, scales of 32 bits, float32."),
+        Mistake("other_kind", other_kind, None, "transformers knows no field bnb_4bit_kind, load_in_4bits;"),
         Mistake("in_capitals", in_capitals,
                 'The kinds are written in small letters. transformers takes "NF4" without an error, and bitsandbytes '
                 "refuses it when the model is loaded."),
@@ -617,6 +699,14 @@ QUANTIZED_BASE = Exercise(
                 "Those are GB. Return bytes; `units` turns them into GB and GiB."),
         Mistake("gibibytes", base_of(lambda n, rest, block, dq, e: (nf4_bytes(n, block, dq) + rest * e) / 2**30),
                 "Those are GiB. Return bytes; `units` turns them into GB and GiB."),
+        Mistake("e_on_both", base_of(lambda n, rest, block, dq, e: (nf4_bytes(n, block, dq) + rest) * e),
+                "You took e times the sum. nf4_bytes gives bytes already: e is for the others alone."),
+        Mistake("rest_without_e", base_of(lambda n, rest, block, dq, e: nf4_bytes(n, block, dq) + rest),
+                "You counted one byte for each of the others. They take e bytes each, {e} here."),
+        Mistake("e_in_bits", base_of(lambda n, rest, block, dq, e: nf4_bytes(n, block, dq) + rest * e / 8),
+                "You divided e by 8. It is in bytes already."),
+        Mistake("four_bits_a_byte", base_of(lambda n, rest, block, dq, e: 2 * nf4_bytes(n, block, dq) + rest * e),
+                "Your linear layers take twice what they should: a byte has 8 bits."),
         Mistake("both", base_of(lambda n, rest, block, dq, e: (nf4_bytes(n, block, dq), rest * e)), None,
                 "a tuple of 2, and a number is expected"),
     ),
@@ -625,6 +715,7 @@ QUANTIZED_BASE = Exercise(
         with_bits(lambda block, double: bits_per_number(4, block, double)),
         base_of(lambda n, rest, block, dq, e: round(rest * e + nf4_bytes(n, block=block, double_quant=dq))),
     ),
+    explain={"division by zero": "nf4_bytes takes the block size second and double_quant third."},
     kinds={"block": "Right for blocks of 64 and wrong for others. How many scales are there?"},
     fact=f"Llama-2-7B: {states.quantized_base(6_476_005_376, 262_410_240) / 1e9:.2f} GB in place of "
     f"{2 * 6_738_415_616 / 1e9:.2f}, and {2 * 262_410_240 / 1e9:.2f} of them for the embeddings and norms, 4 % of the "

@@ -79,6 +79,8 @@ DEQUANTIZE_BLOCKWISE = Exercise(
         Mistake("tiled", dequantizer(scales=lambda absmax, n, size, index: absmax.repeat(size)[:n]),
                 "Your scales change from number to number. Each holds for block_size neighbours: repeat_interleave "
                 "repeats each entry, repeat the whole list."),
+        Mistake("always_64", lambda index, absmax, code, block_size=64: dequantize_blockwise(index, absmax, code),
+                "You wrote 64. Use the argument block_size: it is {block_size} here."),
         Mistake("by_index", dequantizer(scales=lambda absmax, n, size, index: absmax[index.long() // size]),
                 "You found the block from the 4-bit index. It is a number's position that says which block it is in."),
         Mistake("first_scale", dequantizer(scales=lambda absmax, n, size, index: absmax[0]), ALL_THE_SAME),
@@ -216,9 +218,11 @@ PACK = Exercise(
                 "The bytes are right. bitsandbytes keeps them as a column: (ceil(n / 2), 1)."),
         Mistake("a_row", packer(done=lambda packed: packed[None]),
                 "The bytes are right, as a row. bitsandbytes keeps them as a column: (ceil(n / 2), 1)."),
-        Mistake("even_only", packer(fill=lambda index, filler: index), None, "wrong for an odd one: one partner is"),
+        Mistake("even_only", packer(fill=lambda index, filler: index), None, "takes the filler as its partner"),
+        Mistake("float_filler", packer(fill=lambda index, filler: torch.cat([index, torch.tensor([float(filler)])])),
+                None, "The filler must be uint8"),
         Mistake("in_int32", lambda index, filler=7: pack(index, filler).int(), None,
-                "wrong dtype: index is uint8, you returned int32"),
+                "wrong dtype: uint8 is expected, you returned int32"),
         Mistake("in_int64", lambda index, filler=7: pack(index.long(), filler), None, "you returned int64"),
         Mistake("signed", lambda index, filler=7: pack(index, filler).to(torch.int8),
                 "Your bytes are int8, where the highest bit is a sign: from 128 on they come out negative. Use uint8."),
@@ -226,9 +230,11 @@ PACK = Exercise(
     alternatives=(pack_by_product, pack_by_matrix, packer(lambda first, second: 16 * first + second),
                   packer(torch.bitwise_xor, lambda index: (index[0::2] << 4, index[1::2]))),
     kinds={
-        "odd": "Right for an even count of numbers and wrong for an odd one: one partner is missing, the filler.",
+        "odd": "Right for an even count of numbers and wrong for an odd one: the last of them takes the filler as "
+        "its partner.",
         "filler": "Right with the default filler, and wrong with another one.",
     },
+    explain={"not implemented for 'Float'": "The filler must be uint8, as index is: index.new_full((1,), filler)."},
     fact="Two in a byte: Llama-2-7B's 4096 x 4096 layers take 8.4 MB of codes each, and 33.6 MB in 16 bits.",
 )
 

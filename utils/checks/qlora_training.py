@@ -31,7 +31,10 @@ def nearly_all(got, want):
 
 
 def small_models(rng):
-    """A decoder, one in 4 bits, one with Conv1D, a masked language model, and a model with the head of a task."""
+    """A decoder, one in 4 bits, one with Conv1D, a masked language model, two models with the head of a task, a layer
+    or a module of layers, and one with linear layers outside its blocks.
+
+    Beside the first head stands a layer whose name begins as the head's does."""
     import transformers as tf
 
     size = {"vocab_size": 19, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
@@ -39,10 +42,16 @@ def small_models(rng):
     llama, bert = tf.LlamaConfig(**size), tf.BertConfig(**size)
     gpt2 = tf.GPT2Config(vocab_size=19, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=1)
     classifier = pick(rng, "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering")
+    with_head = getattr(tf, classifier)(bert)
+    setattr(with_head, f"{task_head(with_head)}2", nn.Linear(8, 2))
+    opt = tf.OPTConfig(vocab_size=19, hidden_size=8, ffn_dim=12, num_hidden_layers=1, num_attention_heads=2,
+                       word_embed_proj_dim=4, max_position_embeddings=8)  # fmt: skip
     return [
         quantize_base(tf.LlamaForCausalLM(llama), NF4()),
         tf.GPT2LMHeadModel(gpt2),
-        getattr(tf, classifier)(bert),
+        with_head,
+        tf.RobertaForSequenceClassification(tf.RobertaConfig(**size)),
+        tf.OPTForCausalLM(opt),
         tf.BertForMaskedLM(bert),
         tf.LlamaForCausalLM(llama),
     ]
@@ -88,7 +97,8 @@ def by_class_name(model):
     names = []
     for path, module in model.named_modules():
         kind = type(module).__name__
-        if (kind.endswith("Linear") or kind == "Conv1D") and not any(module is head for head in heads):
+        in_a_head = any(module is part for head in heads if head is not None for part in head.modules())
+        if (kind.endswith("Linear") or kind == "Conv1D") and not in_a_head:
             names.append(path.split(".")[-1])
     return sorted(dict.fromkeys(names))
 
@@ -97,12 +107,21 @@ def without_heads(model):
     """Collects everything, then takes away what is not wanted."""
     found = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
     for path in list(found):
-        if found[path] is model.get_output_embeddings() or path == task_head(model):
+        if found[path] is model.get_output_embeddings() or inside(path, str(task_head(model))):
             del found[path]
     return tuple(sorted({path.rpartition(".")[2] for path in found}))
 
 
+def last_dropped(model):
+    paths = [path for path, module in model.named_modules() if is_linear(module)]
+    return tuple(sorted({path.rsplit(".", 1)[-1] for path in paths[:-1]}))
+
+
 ATTENTION = ("attn", "attention")
+INSIDE = (
+    "A head may hold layers of its own, as RoBERTa's holds dense and out_proj, and you took these in. "
+    "inside(path, head) knows the head and everything in it."
+)
 FOUR_BITS = "type(module) is nn.Linear asks for that class alone. A layer in 4 bits is a subclass: ask isinstance. "
 CONV1D = "GPT-2's linear layers are Conv1D, which is no nn.Linear."
 
@@ -121,6 +140,16 @@ LINEAR_NAMES = Exercise(
         Mistake("with_head", naming(head=never),
                 "You took the head of a classifier in. It is new and trained whole, not adapted: task_head(model) has "
                 "its name."),
+        Mistake("head_alone", naming(head=lambda model, path: path == task_head(model)), INSIDE),
+        Mistake("heads_name", lambda model: tuple(sorted(set(naming(head=never)(model)) - {task_head(model)})), INSIDE),
+        Mistake("begins_like_the_head", naming(head=lambda model, path: path.startswith(task_head(model) or "?")),
+                "A path may begin as the head's does without being in it: classifier2 is not in classifier. "
+                "inside(path, head) looks for the dot."),
+        Mistake("last_dropped", last_dropped,
+                "You left out the last linear layer, wherever it belongs. The output embedding need not be the last, "
+                "and a task's head may be followed by others: ask the model for both."),
+        Mistake("in_blocks", naming(keep=lambda model, path, m: ".0." in path),
+                "You looked at the first block alone. Linear layers stand elsewhere too, before the blocks or after."),
         Mistake("with_both", naming(output=never, head=never),
                 "You took every linear layer. Two kinds are left out: the output embedding, and the head of a task."),
         Mistake("type_is", naming(linear=lambda m: type(m) is nn.Linear or is_conv1d(m)),
@@ -231,6 +260,13 @@ def update_rounded_first(W, delta, kind="nf4", block_size=64, double_quant=False
     return merging(what=lambda W, delta: W + update)(W, delta, kind, block_size, double_quant)
 
 
+def everything_rounded_first(W, delta, kind="nf4", block_size=64, double_quant=False):
+    settings = (kind, block_size, double_quant)
+    base, update = (quantize_weight(x, *settings).dequantize() for x in (W, delta))
+    merged = quantize_weight(base + update, *settings)
+    return merged, norms(merged.dequantize() - (W + delta), delta)
+
+
 def rounding_of_W(W, delta, kind="nf4", block_size=64, double_quant=False):
     merged = quantize_weight(W + delta, kind, block_size, double_quant)
     rounded = quantize_weight(W, kind, block_size, double_quant).dequantize()
@@ -260,6 +296,8 @@ def merged_by_sums(W, delta, *settings):
     return [merged, ((gap**2).sum() / (delta.double() ** 2).sum()).item() ** 0.5]
 
 
+TWICE = "You rounded the update to 4 bits, and then the sum once more. Only the sum is stored: round it once."
+
 REQUANTIZED_MERGE = Exercise(
     name="requantized_merge",
     reference=requantized_merge,
@@ -270,8 +308,12 @@ REQUANTIZED_MERGE = Exercise(
         Mistake("update_alone", merging(what=lambda W, delta: delta),
                 "You quantized the update alone. The codes take the place of the layer's, so they must stand for "
                 "W + delta."),
-        Mistake("update_rounded_first", update_rounded_first,
-                "You rounded the update to 4 bits, and then the sum once more. Only the sum is stored: round it once."),
+        Mistake("update_alone_and_its_rounding",
+                merging(what=lambda W, delta: delta, error=lambda m, W, delta: m - delta),
+                "You quantized the update alone, and compared it with itself. The codes take the place of the layer's, "
+                "so they must stand for W + delta."),
+        Mistake("update_rounded_first", update_rounded_first, TWICE),
+        Mistake("everything_rounded_first", everything_rounded_first, TWICE),
         Mistake("W_alone", merging(what=lambda W, delta: W),
                 "You quantized W. It was on the numbers of the code book already, and the update is nowhere."),
         Mistake("W_alone_and_its_rounding", merging(what=lambda W, delta: W, error=lambda m, W, delta: m - W),
@@ -307,10 +349,22 @@ REQUANTIZED_MERGE = Exercise(
                 "lost is a share, 1 for all of it. Yours is in percent."),
         Mistake("what_is_left", merging(measure=lambda error, delta: 1 - norms(error, delta)),
                 "You returned 1 - lost. lost itself is asked for, and it may be more than 1."),
+        Mistake("inverted", merging(measure=lambda error, delta: 1 / norms(error, delta)),
+                "Your ratio is upside down. lost is |merged - (W + delta)|, divided by |delta|."),
+        Mistake("no_parentheses", merging(error=lambda m, W, delta: m - W + delta),
+                "Parentheses are missing: merged - W + delta adds the update. merged - (W + delta) is meant."),
+        Mistake("at_most_1", merging(measure=lambda error, delta: min(1.0, norms(error, delta))),
+                "You cut lost off at 1. It may be more: rounding can move a weight farther than the update was long."),
+        Mistake("rounded", merging(measure=lambda error, delta: round(norms(error, delta), 2)),
+                "You rounded lost. Keep all digits here, and round where you print."),
         Mistake("subtracted", merging(what=lambda W, delta: W - delta, error=lambda m, W, delta: m - (W - delta)),
                 "You took the update away. Merging adds it."),
         Mistake("no_double_quant", merging(fixed={"double_quant": False}),
                 "double_quant is not used: the merged scales stay in float32, and the layer expects them in 8 bits."),
+        Mistake("always_double", merging(fixed={"double_quant": True}),
+                "You double quantize whatever double_quant says."),
+        Mistake("kind_alone", merging(fixed={"block_size": 64, "double_quant": False}),
+                "block_size and double_quant are not used: hand both on to quantize_weight."),
         Mistake("no_kind", merging(fixed={"kind": "nf4"}),
                 "kind is not used: an FP4 or INT4 layer would read NF4's codes with its own code book."),
         Mistake("no_block_size", merging(fixed={"block_size": 64}),
@@ -320,13 +374,16 @@ REQUANTIZED_MERGE = Exercise(
                 "on to quantize_weight."),
         Mistake("transposed", transposed,
                 "You quantized the transpose. Blocks run along the rows of W as it lies in memory: leave it as it is."),
-        Mistake("dense", merging(answer=lambda merged, lost: (merged.dequantize(), lost)), None,
-                "Yours returned a Tensor and a float"),
+        Mistake("dense", merging(answer=lambda merged, lost: (merged.dequantize(), lost)),
+                "You returned a dense weight. Return the QuantizedWeight itself, not its dequantize(): the layer keeps "
+                "codes."),
         Mistake("a_tensor", merging(measure=lambda error, delta: error.norm() / delta.norm()), None,
                 "Yours returned a QuantizedWeight and a Tensor"),
         Mistake("lost_alone", merging(answer=lambda merged, lost: lost), None, "Yours returned a float,"),
-        Mistake("lost_first", merging(answer=lambda merged, lost: (lost, merged)), None,
-                "Yours returned a float and a QuantizedWeight"),
+        Mistake("merged_alone", merging(answer=lambda merged, lost: merged),
+                "lost is missing: return merged, lost. It is |merged - (W + delta)| / |delta|, a float."),
+        Mistake("lost_first", merging(answer=lambda merged, lost: (lost, merged)),
+                "You returned lost first. Swap the two: merged, lost."),
         Mistake("in_place", added_in_place, None, "Your function changed W (max difference "),
     ),
     alternatives=(merged_by_dist, merged_by_sums, merging()),
@@ -442,6 +499,16 @@ def moments_unchanged(p, grad, m, v, *settings):
     return adamw8bit_update(p, grad, m, v, *settings)[0], m, v
 
 
+def v_unchanged(p, grad, m, v, *settings):
+    return *adamw8bit_update(p, grad, m, v, *settings)[:2], v
+
+
+def moments_encoded_as_they_came(p, grad, m, v, *settings):
+    old = [dequantize_blockwise(*x, code, BLOCK) for x, code in ((m, SIGNED), (v, UNSIGNED))]
+    new = adamw8bit_update(p, grad, m, v, *settings)[0]
+    return new, quantize_blockwise(old[0], SIGNED, BLOCK), quantize_blockwise(old[1], UNSIGNED, BLOCK)
+
+
 def written_back(p, grad, m, v, *settings):
     p, new_m, new_v = adamw8bit_update(p, grad, m, v, *settings)
     for old, new in ((m, new_m), (v, new_v)):
@@ -527,6 +594,24 @@ ADAMW8BIT_UPDATE = Exercise(
         Mistake("moments_unchanged", moments_unchanged,
                 "p is right, and m and v are returned as they came. They are what the next step starts from: encode "
                 "the new ones."),
+        Mistake("moments_encoded_as_they_came", moments_encoded_as_they_came,
+                "p is right, and you encoded the old moments again. adamw_update returns the new ones: encode these."),
+        Mistake("v_unchanged", v_unchanged,
+                "p and m are right, and v is returned as it came. It is what the next step starts from: encode the new "
+                "one."),
+        Mistake("v_in_float32", eight_bit(returned=lambda p, m, v: (p, m, dequantize_blockwise(*v, UNSIGNED, BLOCK))),
+                None, "came back; expected is"),
+        Mistake("defaults", eight_bit(lambda p, grad, m, v, step, lr, *_: adamw_update(p, grad, m, v, step, lr)),
+                "beta1, beta2, eps and weight_decay are not used: without them adamw_update takes its defaults. Hand "
+                "them on, in its order."),
+        Mistake("default_decay", eight_bit(lambda *settings: adamw_update(*settings[:-1])),
+                "weight_decay is not used: without it adamw_update takes its default. Hand it on."),
+        Mistake("step_too_far", eight_bit(lambda *given: adamw_update(*given[:4], given[4] + 1, *given[5:])),
+                "You counted step one too far. It counts from 1 already: hand it on as it is."),
+        Mistake("step_and_lr", eight_bit(lambda *given: adamw_update(*given[:4], given[5], given[4], *given[6:])),
+                "step and lr are swapped on their way into adamw_update: step comes first."),
+        Mistake("moments_swapped", eight_bit(lambda p, grad, m, v, *rest: adamw_update(p, grad, v, m, *rest)),
+                "m and v are swapped on their way into adamw_update: m comes first."),
         Mistake("blocks_of_64", eight_bit(block=64),
                 "Your blocks have 64 numbers. That is the size for weights; each scale of a moment is for 256."),
         Mistake("blocks_of_2048", eight_bit(block=2048),

@@ -32,7 +32,8 @@ def about_value(exercise, bad):
             return f"Yours returned {kind_of(out)}, and {kind_of(want)} is expected."
         i = next(i for i, w in enumerate(want) if not close(out[i], w, exercise.tolerance))
         pairs = [(c, w[i], o[i]) for c, w, o in pairs if isinstance(o, (list, tuple)) and not close(o[i], w[i])]
-        return f"The {ORDINAL[i]} returned value: {about_one(pairs)}"
+        name = f", {exercise.returns[i]}" if exercise.returns else ""
+        return f"The {ORDINAL[i]} returned value{name}: {about_one(pairs)}"
     return about_one(pairs, exercise.base)
 
 
@@ -45,11 +46,13 @@ def about_one(pairs, base=None):
     if not isinstance(want, torch.Tensor):
         if isinstance(want, tuple) and len(want) == len(out) <= 3 and all(isinstance(v, Real) for v in (*want, *out)):
             i = next(i for i, (w, o) in enumerate(zip(want, out, strict=True)) if not close(o, w, 1e-9))
-            return f"With {described(case)}: your {ORDINAL[i]} value is {shown(out[i])}, expected {shown(want[i])}."
+            mine, ours = both_shown(out[i], want[i])
+            return f"With {described(case)}: your {ORDINAL[i]} value is {mine}, expected {ours}."
         if isinstance(want, (list, tuple)) and isinstance(out, (list, tuple)) and len(want) + len(out) > 3:
             return f"With {described(case)}: {about_list(want, out)}"
         ratio = about_factor(pairs, "answer") if isinstance(want, Number) and len(pairs) > 1 else None
-        return ratio or f"With {described(case)}: yours {shown(out)}, expected {shown(want)}{gap(want, out)}."
+        mine, ours = both_shown(out, want)
+        return ratio or f"With {described(case)}: yours {mine}, expected {ours}{gap(want, out)}."
     if out.device != want.device:
         return f"Wrong device: the inputs are on {want.device}, you returned a tensor on {out.device}."
     if out.is_complex():
@@ -117,14 +120,20 @@ def factors(numbers):
 def first_place(want, out):
     """Which rows differ, and the first place that does."""
     wrong = ~torch.isclose(out.double(), want.double(), rtol=1e-3, atol=1e-4 * max(largest(want), 1e-6))
-    at = tuple(wrong.nonzero()[0].tolist()) if wrong.any() else (0,) * want.ndim
+    if wrong.any():
+        which, at = "First", tuple(wrong.nonzero()[0].tolist())
+    else:  # each number is close, and together they are not close enough
+        which, at = "Largest", tuple(torch.unravel_index((out.double() - want.double()).abs().argmax(), want.shape))
+    at = tuple(int(i) for i in at)
     mine, ours = out[at].item(), want[at].item()
-    error = f" (relative error {abs(mine - ours) / abs(ours):.2g})" if ours else ""
-    where = f"First difference at {list(at)}: yours {mine:.4g}, expected {ours:.4g}{error}."
+    error = f" (relative error {abs(mine - ours) / abs(ours):.2g})" if ours and want.is_floating_point() else ""
+    mine, ours = both_shown(mine, ours)
+    where = f"{which} difference at {list(at)}: yours {mine}, expected {ours}{error}."
     rows = wrong.reshape(-1, wrong.shape[-1]).any(-1) if wrong.ndim > 1 else wrong.any()[None]
-    if rows.all():
+    if rows.all() or not rows.any():
         return where
-    some = ", ".join(str(i) for i in rows.nonzero().flatten().tolist()[:6])
+    numbers = rows.nonzero().flatten().tolist()
+    some = ", ".join(map(str, numbers[:6])) + (f" and {len(numbers) - 6} more" if len(numbers) > 6 else "")
     return f"Rows {some} of {len(rows)} are wrong, the others right. {where}"
 
 
@@ -135,9 +144,19 @@ def short(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def shown(value):
-    """A number with commas in it and without a .0, anything else as Python writes it."""
-    return f"{value:,.12g}" if isinstance(value, Real) and not isinstance(value, bool) else repr(value)
+def shown(value, digits=12):
+    """A number with commas in it and without a .0, anything else as Python writes it. digits: of a fraction"""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return repr(value)
+    return f"{value:,.{digits if abs(value) < 1000 and value % 1 else 12}g}"
+
+
+def both_shown(mine, ours):
+    """Two values in as many digits as tell them apart, four at least."""
+    return next(
+        ((shown(mine, d), shown(ours, d)) for d in (4, 6, 9) if shown(mine, d) != shown(ours, d)),
+        (shown(mine), shown(ours)),
+    )
 
 
 def gap(want, out):
@@ -161,7 +180,7 @@ def times(ratio):
 
 
 def described(case):
-    """The inputs of a case in a few words: x (4, 5), W (7, 5), r 8."""
+    """The inputs of a case in a few words, "the defaults" if there are none: x (4, 5), W (7, 5), r 8."""
     parts = []
     for name, value in case.inputs.items():
         if isinstance(value, torch.Tensor):
@@ -171,7 +190,8 @@ def described(case):
         elif isinstance(value, dict):
             parts.append(f"{name} ({'; '.join(f'{key} {v!r}' for key, v in value.items())})")
         else:
-            text = f"{name}={value!r}" if not tensors(value) else f"{name} {[tuple(t.shape) for t in tensors(value)]}"
+            written = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else repr(value)
+            text = f"{name}={written}" if not tensors(value) else f"{name} {[tuple(t.shape) for t in tensors(value)]}"
             text = " ".join(text.split())
             parts.append(text if len(text) <= 160 else text[:157] + "...")
-    return ", ".join(parts)
+    return ", ".join(parts) or "the defaults"

@@ -70,7 +70,7 @@ def bitsandbytes_fields(kind="nf4", double_quant=True, compute_dtype=torch.bfloa
     """The arguments of transformers' BitsAndBytesConfig for a base in 4 bits; the defaults are QLoRA's.
 
     kind: "nf4" or "fp4"   double_quant: whether the scales are quantized too   compute_dtype: of the products
-    returns a dict. Left out, they would mean "fp4", False and torch.float32.
+    returns a dict
     """
     return {
         "load_in_4bit": True,

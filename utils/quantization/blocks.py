@@ -123,7 +123,7 @@ def bits_per_number(bits=4, block_size=64, double_quant=True, group=256):
 
     A scale is 32 bits for `block_size` weights. Double quantized it is 8 bits, and 32 more for `group` scales. (The
     scales' mean, once per tensor, is not counted.)
-    bits: of the code   returns a float: 4.5 for NF4 in blocks of 64, 4.127 with double quantization
+    bits: of the code   returns a float, not rounded
     """
     scale = 8 + 32 / group if double_quant else 32
     return bits + scale / block_size

@@ -177,8 +177,7 @@ def requantized_merge(W, delta, kind="nf4", block_size=64, double_quant=False):
     """Merge an update into a weight and round the sum to 4 bits.
 
     W: (d_out, d_in), what the codes of the base stand for   delta: (d_out, d_in), the update, not zero everywhere
-    returns (merged, lost): a QuantizedWeight, and |merged - (W + delta)| / |delta|, a float. Of a delta that is small
-    beside the steps of the code book nothing is left: most weights are rounded back to where they were.
+    returns (merged, lost): a QuantizedWeight, and |merged - (W + delta)| / |delta|, a float
     """
     merged = quantize_weight(W + delta, kind, block_size, double_quant)
     lost = (merged.dequantize() - (W + delta)).norm() / delta.norm()
