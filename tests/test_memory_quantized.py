@@ -74,6 +74,14 @@ def test_facts_before_and_after_are_equal(name, setting, method):
     assert before.in_blocks == sum(layer.in_features * layer.out_features for layer in layers)
 
 
+def test_a_model_in_4_bits_is_known_as_one():
+    model = make("llama_gqa", "sdpa", torch.float32)
+    before = estimate(model, LoRA(r=2), quantized=True)
+    assert estimate(model, LoRA(r=2)).peak > before.peak
+    quantize_base(model, NF4())
+    assert estimate(model, LoRA(r=2)).states == before.states
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("block_size", [32, 64, 100])
 def test_bytes_of_a_base(block_size, double_quant):

@@ -29,7 +29,7 @@ from utils.memory.shapes import Shape, shape_of
 from utils.memory.states import RECIPES, kv_cache, model_states, nf4_bytes, shard
 from utils.methods.families import family_of, own_modules
 from utils.methods.houlsby import TrainedNorm
-from utils.methods.layers import linear_shape
+from utils.methods.layers import linear_shape, unpacked_numbers
 from utils.methods.prompt import Prompts
 from utils.targeting import is_linear
 
@@ -72,10 +72,11 @@ def estimate(model, method=None, **options):
 
     model: a name of data/architectures.json, or any transformers model (the meta device will do); it is not changed
     method: a configuration such as LoRA(...), or None: whatever the model trains as it is
-    options: those of `predict`
+    options: those of `predict`; `quantized` is True unless said otherwise for a model that is in 4 bits already
     raises ValueError for names that are not known, or a family without formulas
     """
-    return predict(facts_of(model, method), **options)
+    in_four_bits = not isinstance(model, str) and any(map(unpacked_numbers, model.modules()))
+    return predict(facts_of(model, method), **{"quantized": in_four_bits} | options)
 
 
 @dataclass(frozen=True)
