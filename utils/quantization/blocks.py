@@ -99,7 +99,7 @@ def unpack(packed, n):
 def quantize_scales(absmax, group=256):
     """Double quantization: the scales' mean in float32, and what is left of each in 8 bits (QLoRA, section 3).
 
-    Scales are positive and much alike; without their mean, both signs of the signed dynamic code book are in use.
+    Scales are positive and much alike; with their mean subtracted, both signs of the dynamic code book are in use.
     absmax: (blocks,) float32   group: scales that share a second scale
     returns (index, offset, absmax2): (blocks,) uint8, a float32 number as a tensor, (groups,) float32
     """
