@@ -140,6 +140,15 @@ def backward(output):
     (output * weights).sum().backward()
 
 
+def gradients(model, adapter):
+    """Loss-like output and every trained gradient, in training mode."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    found = logits(model.train())
+    backward(found)
+    return found.detach(), {n: p.grad for n, p in adapter.named_parameters()}
+
+
 @torch.no_grad()
 def output(model):
     """`logits` without a graph. Two outputs are compared to the bit only so: with a graph, torch may multiply a weight

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from method_table import MATRIX, METHODS, config_of
-from small_models import backward, batch, bits, logits, move, output, same_bits, small_model
+from small_models import backward, batch, bits, gradients, logits, move, output, same_bits, small_model
 
 from utils import attach
 from utils.measure import saved_by_shape
@@ -33,15 +33,6 @@ def test_only_the_adapter_is_trained(method, architecture):
         assert torch.equal(output(model), base)
     adapter.detach()
     assert same_bits(bits(model), before)
-
-
-def gradients(model, adapter):
-    """Loss-like output and every trained gradient, in training mode."""
-    model.zero_grad()
-    torch.manual_seed(0)
-    found = logits(model.train())
-    backward(found)
-    return found.detach(), {n: p.grad for n, p in adapter.named_parameters()}
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])

@@ -8,7 +8,18 @@ import copy
 import pytest
 import torch
 from method_table import METHODS, config_of
-from small_models import backward, batch, bits, logits, move, output, same_bits, shape_of, small_model
+from small_models import (
+    backward,
+    batch,
+    bits,
+    gradients,
+    logits,
+    move,
+    output,
+    same_bits,
+    shape_of,
+    small_model,
+)
 
 from utils import FP4, INT4, NF4, DoRA, LoRA, adapters, attach, dequantize_base, load_adapter, quantize_base
 from utils.checkpoint import WEIGHTS, file_tensors
@@ -98,14 +109,6 @@ def test_a_copy_has_an_adapter_of_its_own_and_two_switch(method):
     second.detach()
     adapter.detach()
     assert torch.equal(output(model), base)
-
-
-def gradients(model, adapter):
-    model.zero_grad()
-    torch.manual_seed(0)
-    found = logits(model.train())
-    backward(found)
-    return found.detach(), {n: p.grad for n, p in adapter.named_parameters()}
 
 
 @every
