@@ -4,7 +4,19 @@ from statistics import NormalDist
 
 import torch
 
-from utils.checks import qlora_blocks, qlora_codes, qlora_layer, qlora_pack, qlora_training
+from utils.checks import (
+    qlora_adam,
+    qlora_base,
+    qlora_bits,
+    qlora_blocks,
+    qlora_fields,
+    qlora_lloyd,
+    qlora_merge,
+    qlora_names,
+    qlora_pack,
+    qlora_product,
+    qlora_scales,
+)
 from utils.checks.core import Case, Exercise, Mistake
 from utils.checks.draw import near, pick, spaced_code
 from utils.quantization.blocks import nearest_code
@@ -315,7 +327,13 @@ EXERCISES = (
     NEAREST_CODE,
     *qlora_blocks.EXERCISES,
     *qlora_pack.EXERCISES,
-    *qlora_codes.EXERCISES,
-    *qlora_layer.EXERCISES,
-    *qlora_training.EXERCISES,
+    qlora_lloyd.LLOYD_STEP,
+    qlora_scales.QUANTIZE_SCALES,
+    qlora_bits.BITS_PER_NUMBER,
+    qlora_product.PRODUCT,
+    qlora_fields.FIELDS,
+    qlora_base.QUANTIZED_BASE,
+    qlora_names.LINEAR_NAMES,
+    qlora_merge.REQUANTIZED_MERGE,
+    qlora_adam.ADAMW8BIT_UPDATE,
 )
