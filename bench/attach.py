@@ -1,12 +1,12 @@
 """Attaching LoRA to every linear layer: a 7B model on the meta device, and a model of 1.2 billion real numbers."""
 
-import statistics
 import time
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.common import ratios
 from utils import LoRA, attach
 from utils.architectures import architecture
 from utils.attach import count_parameters
@@ -54,10 +54,7 @@ def row(name, model, repeats):
             times["ours"].append(ours)
             times["peft"].append(peft)
     found = {"about": {"model": name, "numbers": numbers, "trained": trained}, "turns": repeats, "time_target": TARGET}
-    for kind, pick in (("least", min), ("median", statistics.median)):
-        ms = {library: round(1000 * pick(seconds), 3) for library, seconds in times.items()}
-        found |= {f"{kind}_ms": ms, f"{kind}_ratio": round(ms["ours"] / ms["peft"], 4)}
-    return found
+    return found | ratios(times, "peft")
 
 
 def table(rows):

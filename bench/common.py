@@ -81,12 +81,18 @@ def compare(about, models, forward, step, repeats, inputs=(), time_target=None, 
     """
     times = cpu_times({name: partial(step, model) for name, model in models.items()}, repeats)
     saved = {n: saved_bytes(partial(forward, model), exclude=[model, *inputs]) for n, model in models.items()}
-    row = {"about": about, "turns": repeats}
-    for name, pick in (("least", min), ("median", statistics.median)):
-        ms = {model: round(1000 * pick(seconds), 3) for model, seconds in times.items()}
-        row |= {f"{name}_ms": ms, f"{name}_ratio": round(ms["ours"] / ms["peft"], 4)}
+    row = {"about": about, "turns": repeats} | ratios(times, "peft")
     row |= {"time_target": time_target, "saved_bytes": saved}
     return row | {"saved_ratio": round(saved["ours"] / max(saved["peft"], 1), 4), "saved_target": saved_target}
+
+
+def ratios(times, peer):
+    """{"least_ms", "least_ratio", "median_ms", "median_ratio"}. times: {"ours", peer: seconds of every turn}"""
+    found = {}
+    for name, pick in (("least", min), ("median", statistics.median)):
+        ms = {library: round(1000 * pick(seconds), 3) for library, seconds in times.items()}
+        found |= {f"{name}_ms": ms, f"{name}_ratio": round(ms["ours"] / ms[peer], 4)}
+    return found
 
 
 def layer(ours, theirs, tokens, repeats, time_target=None, saved_target=None):

@@ -5,12 +5,12 @@ in the cache. bitsandbytes' loop, which uses AVX-512 where there is any, is one 
 writes to comes fresh from the system, and the page faults, the same for both, bring the ratio nearer to 1.
 """
 
-import statistics
 from functools import partial
 
 import bitsandbytes.functional
 import torch
 
+from bench.common import ratios
 from utils.kernels.four_bit import dequantize
 from utils.measure import cpu_times
 
@@ -38,10 +38,7 @@ def row(name, dtype, double_quant, repeats):
     times = cpu_times(fns, repeats)
     about = {"weight": name, "dtype": str(dtype).removeprefix("torch."), "double_quant": double_quant}
     found = {"about": about, "turns": repeats, "time_target": TARGET}
-    for kind, pick in (("least", min), ("median", statistics.median)):
-        ms = {library: round(1000 * pick(seconds), 3) for library, seconds in times.items()}
-        found |= {f"{kind}_ms": ms, f"{kind}_ratio": round(ms["ours"] / ms["bitsandbytes"], 4)}
-    return found
+    return found | ratios(times, "bitsandbytes")
 
 
 def table(rows):

@@ -297,6 +297,6 @@ def rounded(layer, tensors, allowed):
     W = layer.dequantize().float()  # rounded as the merged weight is: else an update of zero would not be zero
     delta = tensors["weight"].float() - W
     if not delta.any():
-        return layer.stored(layer.quantized), 0.0
+        return tensors | layer.stored(layer.quantized), 0.0
     new, lost = requantized_merge(W, delta, layer.kind, layer.block_size, layer.double_quant)
     return tensors | layer.stored(new), lost

@@ -5,6 +5,7 @@ from torch import nn
 
 from utils.methods.parts import Part
 from utils.quantization.linear import QuantizedLinear, QuantizedProduct
+from utils.quantization.weights import QuantizedWeight
 
 
 def is_conv1d(module):
@@ -53,17 +54,21 @@ def unpacked_numbers(module):
     return 0
 
 
+def four_bits(layer):
+    """The QuantizedWeight of a layer in 4 bits, ours or bitsandbytes', or None."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.quantized
+    return QuantizedWeight.from_bitsandbytes(layer.weight) if is_linear4bit(layer) else None
+
+
 def dense_weight(layer):
     """The (d_out, d_in) weight that a linear layer multiplies with; of 4 bits, unpacked to the dtype it had before.
 
     raises ValueError for a layer that stores its weight in a form not known here
     """
-    if isinstance(layer, QuantizedLinear):
-        return layer.dequantize()
-    if is_linear4bit(layer):
-        from utils.quantization.weights import QuantizedWeight
-
-        return QuantizedWeight.from_bitsandbytes(layer.weight).dequantize()
+    quantized = four_bits(layer)
+    if quantized is not None:
+        return quantized.dequantize()
     weight = layer.weight.T if is_conv1d(layer) else layer.weight
     if not weight.is_floating_point() or weight.shape != linear_shape(layer):
         raise ValueError(f"a {type(layer).__name__} holds its weight packed, in a form that is not known here")
@@ -72,22 +77,17 @@ def dense_weight(layer):
 
 def product(layer, x):
     """x W^T of a linear layer, without its bias and hooks; a weight of 4 bits is not kept unpacked for backward."""
-    if isinstance(layer, QuantizedLinear):
-        return QuantizedProduct.apply(x, None, layer.quantized)
-    if is_linear4bit(layer):
-        from utils.quantization.weights import QuantizedWeight
-
-        return QuantizedProduct.apply(x, None, QuantizedWeight.from_bitsandbytes(layer.weight))
+    quantized = four_bits(layer)
+    if quantized is not None:
+        return QuantizedProduct.apply(x, None, quantized)
     return F.linear(x, dense_weight(layer).to(x.dtype))
 
 
 def mergeable_weight(layer):
     """The (d_out, d_in) weight to merge into, or ValueError with the reason why there is none."""
-    if isinstance(layer, QuantizedLinear):
-        return layer.dequantize()
-    weight = plain_weight(layer)
-    if weight is None and (type(layer) is nn.Linear or is_conv1d(layer)):
-        raise ValueError(f"this {type(layer).__name__} has hooks, which would see another output: remove them first")
-    if weight is None:
-        raise ValueError(f"a {type(layer).__name__} cannot take an update into its weight: dequantize it first")
-    return weight
+    kind = type(layer).__name__
+    if not (type(layer) is nn.Linear or is_conv1d(layer) or isinstance(layer, QuantizedLinear)):
+        raise ValueError(f"a {kind} cannot take an update into its weight: dequantize it first")
+    if hooked(layer):
+        raise ValueError(f"this {kind} has hooks, which would see another output: remove them first")
+    return dense_weight(layer)
